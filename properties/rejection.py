@@ -1,0 +1,232 @@
+"""Rejection: what cannot be honoured is refused clearly, never computed wrongly in silence."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from rescnn_verify.case import Config
+from rescnn_verify.compare import attempt, equal, holds, refuses, same_bits
+from rescnn_verify.needs import CHECKED_INPUT, CONTRACT, DIRECT, NONFINITE, REFUSALS
+from rescnn_verify.probes import as_input, positions, randomise
+from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Space
+from rescnn_verify.statement import statement
+
+NO_VALUE = (
+    ("channels", 0), ("channels", -4), ("channels", True), ("channels", 8.0), ("channels", 6.5),
+    ("num_blocks", 0), ("num_blocks", -1), ("num_blocks", True), ("num_blocks", 2.0),
+    ("num_blocks", 1.5),
+    ("kernel_sizes", ()),
+    ("one kernel", 0), ("one kernel", -3), ("one kernel", -1), ("one kernel", True),
+    ("one kernel", 3.0), ("one kernel", 2.5),
+    ("dropout", -0.5), ("dropout", -1e-9), ("dropout", 1.5), ("dropout", 1.0000001),
+    ("dropout", math.nan), ("dropout", math.inf), ("dropout", -math.inf),
+)  # fmt: skip
+UNUSUAL = (
+    ("one kernel", 2), ("one kernel", 4), ("one kernel", 6), ("every kernel", 2),
+    ("every kernel", 4), ("every kernel", 8), ("two kernels", (2, 4)), ("fewer channels", 1),
+    ("fewer channels", 2),
+)  # fmt: skip
+
+
+def _stack_only(case):
+    return case["invalid"][0] != "num_blocks" or case.num_blocks > 1
+
+
+@statement(
+    space=Space(
+        invalid=Choice(*NO_VALUE),
+        where=(Constraint("num_blocks of a stack only", _stack_only),),
+    ),
+    needs=(REFUSALS,),
+)
+def impossible_arguments_are_refused(subject, case):
+    """What has no meaning is refused at construction, naming the argument and its value.
+
+    That is: a non-positive or non-integer count or kernel (a bool is not an integer), no kernel, a
+    dropout outside [0, 1] or NaN. The error is one of the target's declared types.
+    """
+    config, names, value = _invalid(case)
+    what = f"building {_say(config)}"
+    error = refuses(lambda: subject.target.build(config), subject.target.errors, what)
+    yield holds(error is not None, what, "a refusal", "a model")
+    yield from _names_its_reason(error, names, value, what)
+
+
+@statement(
+    space=INPUTS.narrow(
+        Constraint("enough kernels", lambda c: _enough_kernels(c)),
+        invalid=Choice(*UNUSUAL), mode=Choice("eval"), dtype=Choice("float64"),
+        batch=Choice(2), layout=Choice("contiguous"), length=Integers(1, 40),
+    ),
+    needs=(REFUSALS, CONTRACT),
+)  # fmt: skip
+def unusual_arguments_are_refused_or_honoured(subject, case):
+    """Even kernels and fewer channels than kernels are refused clearly or honoured fully.
+
+    Honoured means: every length, 1 included, comes out as it went in; the claimed receptive field
+    is the formula's and the measured one at least as wide as any position sees; and the values are
+    those of the stated architecture as far as relu(x) under a zeroed model shows.
+    """
+    config, names, value = _invalid(case)
+    what = f"building {_say(config)}"
+    error = refuses(lambda: subject.target.build(config), subject.target.errors, what)
+    if error is not None:
+        yield from _names_its_reason(error, names, value, what)
+        return
+    model = subject.set_mode(subject.build_with(config).double(), "eval")
+    randomise(model, case.rng("weights"))
+    n, widest = config.num_blocks, max(config.kernel_sizes)
+    for length in sorted({1, 2, 3, widest, widest + 1, 2 * widest - 3, case.length} - {0, -1}):
+        x = torch.from_numpy(case.rng("input").standard_normal((2, config.channels, length)))
+        with torch.no_grad():
+            out = subject(model, x)
+        yield equal(tuple(out.shape), tuple(x.shape), f"output shape for {_say(config)}")
+    if (claim := subject.target.claims.get("receptive field")) is not None:
+        claimed = attempt("claimed receptive field", lambda: claim(model, config))
+        yield equal(claimed, 1 + n * (widest - 1), f"claimed receptive field for {_say(config)}")
+    length = 4 * n * widest + 1
+    x = torch.from_numpy(case.rng("input").standard_normal((1, config.channels, length)))
+    x[0, 0, length // 2] = math.nan
+    with torch.no_grad():
+        seen = torch.isnan(subject(model, x)).any(dim=1)[0]
+    yield equal(int(seen.sum()), 1 + n * (widest - 1), f"measured field for {_say(config)}")
+    for length in (1, 2, case.length, 4 * widest):
+        x = torch.from_numpy(case.rng("input").standard_normal((2, config.channels, length)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+            out = subject(model, x)
+        yield same_bits(out, torch.relu(x), f"output of {_say(config)} with all parameters zero")
+
+
+def _enough_kernels(case):
+    kind, value = case["invalid"]
+    least = {"two kernels": 2, "fewer channels": value if kind == "fewer channels" else 1}
+    return (
+        case.branches > least.get(kind, 0)
+        if kind == "fewer channels"
+        else (case.branches >= least.get(kind, 1))
+    )
+
+
+def _invalid(case):
+    """The configuration with one argument made invalid, that argument's names, and the value."""
+    kind, value = case["invalid"]
+    place = case.seed % case.branches
+    kernels = list(case.kernel_sizes)
+    names = ("kernel",)
+    if kind == "one kernel":
+        kernels[place] = value
+    elif kind == "every kernel":
+        kernels = [value] * len(kernels)
+    elif kind == "two kernels":
+        kernels[place], kernels[place - 1] = value
+        value = None
+    elif kind == "fewer channels":
+        return replace(case.config, channels=value), ("channel", "kernel"), value
+    elif kind == "kernel_sizes":
+        kernels, value = [], None
+    else:
+        names = {"num_blocks": ("block",), "channels": ("channel",), "dropout": ("dropout",)}[kind]
+        return replace(case.config, **{kind: value}), names, value
+    return replace(case.config, kernel_sizes=tuple(kernels)), names, value
+
+
+def _names_its_reason(error, names, value, what):
+    text = str(error)
+    for name in names:
+        yield holds(name in text.lower(), f"{what}: message", f"it names the {name}s", repr(text))
+    if value is not None:
+        spelled = (repr(value), str(value), f"{value:g}" if isinstance(value, float) else "")
+        named = any(form and form in text for form in spelled)
+        yield holds(named, f"{what}: message", f"it gives the value {value!r}", repr(text))
+
+
+def _say(config: Config):
+    return (
+        f"channels={config.channels!r}, num_blocks={config.num_blocks!r}, "
+        f"kernel_sizes={list(config.kernel_sizes)}, dropout={config.dropout!r}"
+    )
+
+
+WRONG_SHAPES = (
+    "(channels, length)", "(channels, channels)", "(batch, channels, length, 1)",
+    "(1, batch, channels, length)", "(length,)", "()", "one channel fewer", "one channel more",
+    "one channel", "twice the channels", "channels last",
+)  # fmt: skip
+
+
+@statement(
+    space=INPUTS.narrow(
+        shape=Choice(*WRONG_SHAPES), batch=Integers(1, 8), length=Integers(1, 64),
+        dtype=Choice("float32", "float64"), layout=Choice("contiguous"),
+    ),
+    needs=(CHECKED_INPUT,),
+)  # fmt: skip
+def wrong_rank_or_channels_raise(subject, case):
+    """An input of the wrong rank or channel count raises; it never broadcasts.
+
+    That includes the unbatched (channels, length), which Conv1d alone accepts, also when it is
+    square and a batch norm would take it for (batch, channels).
+    """
+    batch, channels, length = case.shape
+    shape = {
+        "(channels, length)": (channels, length),
+        "(channels, channels)": (channels, channels),
+        "(batch, channels, length, 1)": (batch, channels, length, 1),
+        "(1, batch, channels, length)": (1, batch, channels, length),
+        "(length,)": (length,),
+        "()": (),
+        "one channel fewer": (batch, channels - 1, length),
+        "one channel more": (batch, channels + 1, length),
+        "one channel": (batch, 1, length),
+        "twice the channels": (batch, 2 * channels, length),
+        "channels last": (batch, length, channels),
+    }[case["shape"]]
+    if len(shape) == 3 and shape[1] == channels:
+        shape = (batch, channels + 2, length)
+    model = subject.model(case)
+    x = as_input(replace(case, layout="contiguous"), np.ones((2, 2, 2))).new_ones(shape)
+    with torch.no_grad():
+        error = refuses(lambda: subject.target.call(model, x), (Exception,), "forward")
+    yield holds(
+        error is not None,
+        f"forward of shape {shape} on a model of {channels} channels",
+        "an exception",
+        "a result",
+    )
+
+
+@statement(
+    space=INPUTS.narrow(
+        value=Choice(math.nan, math.inf), mode=Choice("eval"), batch=Integers(1, 8),
+        length=Integers(1, 600), layout=Choice("contiguous"),
+    ),
+    needs=(NONFINITE, DIRECT),
+)  # fmt: skip
+def nan_and_infinity_come_out(subject, case):
+    """NaN or +inf at (b, c, t) leaves the output at (b, c, t) non-finite in eval mode.
+
+    The residual carries the value there, and whatever the fusion adds, inf − inf included, stays
+    non-finite. (−inf may vanish: its ReLU is 0.)
+    """
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    values = case.rng("input").standard_normal(case.shape)
+    rng = case.rng("place")
+    places = [
+        (int(rng.integers(case.batch)), int(rng.integers(case.channels)), t)
+        for t in positions(case)
+    ]
+    for place in places:
+        values[place] = case["value"]
+    with torch.no_grad():
+        out = subject(model, as_input(case, values))
+    for place in places:
+        got = out[place].item()
+        yield holds(
+            not math.isfinite(got), f"output at {list(place)}, where the input is {case['value']}",
+            "a non-finite value", repr(got),
+        )  # fmt: skip

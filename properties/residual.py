@@ -1,0 +1,83 @@
+"""Residual: without its fusion a block is relu(x), and a stack is its blocks in order."""
+
+import numpy as np
+import torch
+
+from rescnn_verify.compare import same_bits
+from rescnn_verify.needs import HANDLES, POST_ACTIVATION, STACK
+from rescnn_verify.probes import as_input, normal_input, randomise, zero_fusion
+from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
+from rescnn_verify.statement import statement
+
+# float16 has a smallest positive value of 6e-8 and a largest of 65504.
+MAGNITUDE_IN_RANGE = Constraint(
+    "magnitudes that the dtype holds",
+    lambda c: c.dtype != "float16" or 1e-4 <= c["magnitude"] <= 1e2,
+)
+ZEROED = INPUTS.narrow(
+    MAGNITUDE_IN_RANGE,
+    batch=Integers(1, 33),
+    length=Integers(1, 1100),
+    magnitude=Choice(1.0, 1e-30, 1e30, 1e-4, 1e2, 1e-12, 1e12, 1e5, 1e-8),
+    zeroed=Choice("norm", "convolution"),
+)
+
+
+@statement(space=ZEROED, needs=(HANDLES, POST_ACTIVATION))
+def zeroed_fusion_gives_relu(subject, case):
+    """With every fusion zeroed the output is relu(x), bitwise, at any depth and in either mode."""
+    model, x = _zeroed(subject, case)
+    with torch.no_grad():
+        out = subject(model, x)
+    yield same_bits(out, torch.relu(x), "output with zeroed fusion, against relu(x)")
+
+
+@statement(space=ZEROED, needs=(HANDLES, POST_ACTIVATION))
+def zeroed_fusion_passes_the_gradient(subject, case):
+    """With every fusion zeroed Jᵀv = v ⊙ 1[x > 0], bitwise, at any depth and in either mode.
+
+    The input has no zeros, where any subgradient would be right.
+    """
+    model, x = _zeroed(subject, case)
+    v = normal_input(case, "gradient")
+    _, gradient = subject.vjp(model, x, v)
+    yield same_bits(gradient, torch.where(x > 0, v, torch.zeros_like(v)), "gradient at the input")
+
+
+def _zeroed(subject, case):
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    zero_fusion(blocks, case["zeroed"])
+    values = case.rng("input").uniform(0.25, 1, case.shape)
+    signs = case.rng("signs").choice([-1.0, 1.0], case.shape)
+    return model, as_input(case, values * signs * case["magnitude"])
+
+
+@statement(
+    space=INPUTS.narrow(
+        Constraint("no random dropout", lambda c: c.mode == "eval" or c.dropout in (0.0, 1.0)),
+        num_blocks=Integers(1, 7), batch=Integers(1, 33), length=Integers(1, 1100),
+    ),
+    needs=(STACK, HANDLES),
+)  # fmt: skip
+def a_stack_is_the_composition_of_its_blocks(subject, case):
+    """stack(x) = block_n(… block_1(x)), bitwise, for random weights.
+
+    The same operations on the same shapes in the same order: nothing may differ. In train mode only
+    for a dropout of 0 or 1, since an implementation may draw its masks in another order.
+    """
+    x = normal_input(case)
+    model = _random_model(subject, case)
+    with torch.no_grad():
+        whole = subject(model, x)
+        model = _random_model(subject, case)
+        step = x
+        for block in subject.handles(model, case):
+            step = subject(block.module, step, call=lambda module, value: module(value))
+    yield same_bits(whole, step, "output of the stack, against its blocks in order")
+
+
+def _random_model(subject, case):
+    model = subject.model(case)
+    randomise(model, np.random.default_rng(case.seed))
+    return model

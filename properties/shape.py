@@ -1,0 +1,67 @@
+"""Shape: what goes in comes out in the same form, and is a tensor of its own."""
+
+import torch
+
+from rescnn_verify.compare import equal, holds, same_bits
+from rescnn_verify.probes import normal_input
+from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
+from rescnn_verify.statement import statement
+
+EMPTY_BATCHES_ONLY_IN_EVAL = Constraint(
+    "an empty batch only in eval mode", lambda c: c.batch > 0 or c.mode == "eval"
+)
+FORWARD = INPUTS.narrow(EMPTY_BATCHES_ONLY_IN_EVAL)
+
+
+@statement(space=FORWARD, documented=True)
+def shape_dtype_and_device_are_kept(subject, case):
+    """The output has the promised shape and the input's dtype and device, whatever its layout.
+
+    For the reference contract the shape is the input's own, (batch, channels, length). A batch of
+    no sample works in eval mode.
+    """
+    model = subject.model(case)
+    x = normal_input(case)
+    with torch.no_grad():
+        out = subject(model, x)
+    expected = tuple(subject.target.output_shape(case.config, case.shape))
+    yield equal(tuple(out.shape), expected, f"output shape for an input of shape {case.shape}")
+    yield equal(out.dtype, x.dtype, "output dtype")
+    yield equal(out.device.type, x.device.type, "output device")
+
+
+@statement(space=FORWARD, documented=True)
+def output_is_finite(subject, case):
+    """A standard normal input and the initial weights give finite values, in every dtype."""
+    model = subject.model(case)
+    with torch.no_grad():
+        out = subject(model, normal_input(case))
+    bad = int((~torch.isfinite(out)).sum())
+    yield holds(bad == 0, "elements that are NaN or infinite", "0", str(bad))
+
+
+@statement(space=FORWARD.narrow(batch=Integers(1, 130)))
+def output_shares_no_memory_with_the_input(subject, case):
+    """Writing into the output changes neither the input nor a later output."""
+    model = subject.model(case, mode="eval")
+    x = normal_input(case)
+    before = x.clone()
+    with torch.no_grad():
+        out = subject(model, x)
+        first = out.clone()
+        out.fill_(3)
+        yield same_bits(x, before, "input after writing into the output")
+        yield same_bits(subject(model, x), first, "second output after writing into the first")
+
+
+@statement(
+    space=FORWARD.narrow(batch=Integers(1, 33), length=Integers(1, 600), mode=Choice("eval"))
+)
+def earlier_outputs_stay(subject, case):
+    """A later call does not change the output of an earlier one."""
+    model = subject.model(case)
+    with torch.no_grad():
+        out = subject(model, normal_input(case))
+        first = out.clone()
+        subject(model, normal_input(case, "another input"))
+    yield same_bits(out, first, "first output after a second call")

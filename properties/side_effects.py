@@ -1,0 +1,194 @@
+"""Side effects: a call changes nothing but its result."""
+
+import gc
+import random
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rescnn_verify.compare import attempt, equal, holds, same_bits
+from rescnn_verify.needs import CONTRACT
+from rescnn_verify.probes import as_input, normal_input
+from rescnn_verify.space import INPUTS, Choice, Integers, Space
+from rescnn_verify.statement import statement
+
+CONTEXTS = {
+    "grad": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+SMALL = INPUTS.narrow(batch=Integers(1, 33), length=Integers(1, 1100))
+
+
+@statement(space=SMALL.narrow(context=Choice(*CONTEXTS)))
+def input_is_unchanged(subject, case):
+    """The input holds the same values after a call, with gradients, without, and in inference mode."""
+    model = subject.model(case)
+    x = normal_input(case)
+    before = x.clone()
+    with CONTEXTS[case["context"]]():
+        out = subject(model, x)
+    yield same_bits(x, before, f"input after a call under {case['context']}")
+    yield equal((x.requires_grad, x.grad), (False, None), "requires_grad and grad of the input")
+    if case["context"] == "grad" and out.requires_grad:
+        subject.backward(out, torch.ones_like(out))
+        yield same_bits(x, before, "input after backward")
+
+
+@statement(space=SMALL)
+def input_is_not_kept(subject, case):
+    """After a call the model holds no reference to the input or its memory."""
+    model = subject.model(case)
+    x = normal_input(case)
+    memory = x.untyped_storage().data_ptr()
+    with torch.no_grad():
+        subject(model, x)
+    kept = [
+        f"{name or 'model'}.{attribute}"
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute not in ("_parameters", "_buffers", "_modules")
+        and any(t.untyped_storage().data_ptr() == memory for t in _tensors_in(value))
+    ]
+    yield equal(kept, [], "attributes that hold the input")
+    alive = weakref.ref(x)
+    del x
+    if alive() is not None:
+        gc.collect()
+    yield holds(alive() is None, "the input after its last reference is dropped", "freed", "kept")
+
+
+def _tensors_in(value):
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors_in(item)]
+    if isinstance(value, list | tuple | set):
+        return [tensor for item in value for tensor in _tensors_in(item)]
+    return []
+
+
+@statement(space=SMALL.narrow(layout=Choice("contiguous")), needs=(CONTRACT,))
+def kernel_list_is_neither_changed_nor_kept(subject, case):
+    """The caller's list of kernels is as before, and changing it later changes nothing."""
+    kernels = list(case.kernel_sizes)
+    cls = subject.target.constructor
+    arguments = {"channels": case.channels, "kernel_sizes": kernels, "dropout": case.dropout}
+    if subject.target.kind == "stack":
+        arguments["num_blocks"] = case.num_blocks
+    model = attempt("building with a list of kernels", lambda: cls(**arguments))
+    yield equal(kernels, list(case.kernel_sizes), "caller's list after building")
+    dtype = normal_input(case).dtype
+    subject.set_mode(
+        attempt("moving the model", lambda: model.to(dtype=dtype, device=case.device)), "eval"
+    )
+    x = normal_input(case)
+    with torch.no_grad():
+        before = subject(model, x)
+        field = _field(subject, model, case)
+        yield equal(kernels, list(case.kernel_sizes), "caller's list after a call")
+        kernels.append(99)
+        kernels[0] = 1
+        kernels.reverse()
+        yield equal(_field(subject, model, case), field, "receptive field after changing the list")
+        yield same_bits(subject(model, x), before, "output after changing the list")
+        kernels.clear()
+        yield equal(_field(subject, model, case), field, "receptive field after clearing the list")
+        yield same_bits(subject(model, x), before, "output after clearing the list")
+    kept = [
+        f"{name or 'model'}.{attribute}"
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if value is kernels
+    ]
+    yield equal(kept, [], "attributes that are the caller's list")
+
+
+def _field(subject, model, case):
+    if (claim := subject.target.claims.get("receptive field")) is None:
+        return None
+    return attempt("claimed receptive field", lambda: claim(model, case.config))
+
+
+@statement(space=SMALL.narrow(layout=Choice("contiguous")))
+def no_global_seed_is_reset(subject, case):
+    """Building and calling a model leaves every random generator where its own draws put it.
+
+    They may draw from torch's generator, but not reset it: from two different states it must come
+    out in two different states. NumPy's and Python's are not touched by anything in the contract,
+    so building or running may draw from them only if that, too, does not reset them.
+    """
+    after_building, after_calling = [], []
+    for start in (case.seed, case.seed + 1):
+        _seed(start)
+        model = subject.build_with(case.config)
+        after_building.append(_draws())
+        subject.set_mode(model, case.mode)
+        x = as_input(case, case.rng("input").standard_normal(case.shape)).float().contiguous()
+        _seed(start)
+        with torch.no_grad():
+            subject(model, x)
+        after_calling.append(_draws())
+    for what, (first, second) in (("building", after_building), ("a call", after_calling)):
+        for name in first:
+            yield holds(
+                first[name] != second[name],
+                f"{name}'s next draw after {what} from two different states",
+                "two values",
+                f"{first[name]} twice",
+            )
+
+
+@statement(space=SMALL.narrow(layout=Choice("contiguous")))
+def global_settings_stay(subject, case):
+    """Building and calling a model leaves torch's global settings as they were."""
+    before = _settings()
+    model = subject.set_mode(subject.build_with(case.config), case.mode)
+    yield equal(_settings(), before, "torch's settings after building")
+    x = as_input(case, case.rng("input").standard_normal(case.shape)).float()
+    out = subject(model, x)
+    yield equal(_settings(), before, "torch's settings after a call")
+    if out.requires_grad:
+        subject.backward(out, torch.ones_like(out))
+        yield equal(_settings(), before, "torch's settings after backward")
+
+
+def _settings():
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "grad enabled": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "oneDNN": torch.backends.mkldnn.enabled,
+        "TF32": torch.backends.cuda.matmul.allow_tf32,
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "default device": str(torch.get_default_device()),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "NumPy errors": tuple(sorted(np.geterr().items())),
+    }
+
+
+def _seed(seed):
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _draws():
+    return {
+        "torch": float(torch.rand((), dtype=torch.float64)),
+        "NumPy": float(np.random.random_sample()),
+        "Python": random.random(),
+    }
+
+
+@statement(space=Space(), needs=(CONTRACT,))
+def building_twice_gives_two_models(subject, case):
+    """Two models of one configuration share no parameter or buffer."""
+    first, second = subject.build_with(case.config), subject.build_with(case.config)
+    own = {t.data_ptr() for t in (*first.parameters(), *first.buffers()) if t.numel()}
+    others = {t.data_ptr() for t in (*second.parameters(), *second.buffers()) if t.numel()}
+    yield equal(len(own & others), 0, "tensors in both of two models")

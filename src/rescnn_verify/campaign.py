@@ -1,0 +1,142 @@
+"""Campaigns: many properties, in this process or in several."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+from rescnn_verify.engine import FALSIFIED, PROFILES, Outcome, check_property
+from rescnn_verify.statement import Property, all_properties
+from rescnn_verify.target import load
+from rescnn_verify.workers import workers
+
+__all__ = ["Plan", "SelectionError", "check_unit", "run_plan", "select"]
+
+
+class SelectionError(ValueError):
+    """An expression that is not one, or that selects nothing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to check.
+
+    Args:
+        target: the target as the user names it.
+        properties: names of the properties.
+        profile: a name in `PROFILES`.
+        seed: the whole run is a function of it.
+        device: ``"cpu"`` or ``"cuda"``.
+        stop_early: stop at the first falsified property.
+    """
+
+    target: str
+    properties: tuple[str, ...]
+    profile: str = "default"
+    seed: int = 0
+    device: str = "cpu"
+    stop_early: bool = False
+
+
+def select(expression: str | None) -> tuple[Property, ...]:
+    """The properties whose names match an expression of substrings, ``and``, ``or``, ``not``.
+
+    Raises:
+        SelectionError: it is no such expression, or nothing matches.
+    """
+    everything = all_properties()
+    if not expression:
+        return everything
+    try:
+        tree = ast.parse(expression.replace(".", "__dot__"), mode="eval").body
+        chosen = tuple(p for p in everything if _matches(tree, p.name))
+    except (SyntaxError, SelectionError):
+        raise SelectionError(
+            f"-k {expression!r} is not an expression of names, and, or, not and parentheses"
+        ) from None
+    if not chosen:
+        raise SelectionError(
+            f"-k {expression!r} selects no property; `rescnn-verify list` shows all"
+        )
+    return chosen
+
+
+def _matches(node: ast.expr, name: str) -> bool:
+    if isinstance(node, ast.Name):
+        return node.id.replace("__dot__", ".").lower() in name.lower()
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return not _matches(node.operand, name)
+    if isinstance(node, ast.BoolOp):
+        combine = all if isinstance(node.op, ast.And) else any
+        return combine([_matches(value, name) for value in node.values])
+    raise SelectionError
+
+
+def run_plan(plan: Plan, executor: Executor | None) -> Iterator[Outcome]:
+    """The outcomes of a plan, each as it comes; fewer if it stops early.
+
+    Args:
+        plan: what to check.
+        executor: where to run it; None: here, one property after the other.
+    """
+    for outcome in _outcomes(plan, executor):
+        yield outcome
+        if plan.stop_early and outcome.verdict == FALSIFIED:
+            return
+
+
+def _outcomes(plan: Plan, executor: Executor | None) -> Iterator[Outcome]:
+    if executor is None:
+        yield from (check_unit(plan, name) for name in plan.properties)
+        return
+    futures: dict[Future[Outcome], str] = {
+        executor.submit(check_unit, plan, name): name for name in plan.properties
+    }
+    interrupted: list[str] = []
+    try:
+        for future in as_completed(futures):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                interrupted.append(futures[future])
+    finally:
+        for future in futures:
+            future.cancel()
+    yield from _one_by_one(plan, interrupted)
+
+
+def _one_by_one(plan: Plan, names: Sequence[str]) -> Iterator[Outcome]:
+    """Each property in a process of its own, after one of them ended a shared process."""
+    for name in names:
+        with workers(1) as executor:
+            try:
+                yield executor.submit(check_unit, plan, name).result()
+            except BrokenProcessPool:
+                yield Outcome(
+                    name=name,
+                    verdict=FALSIFIED,
+                    evidence="exact",
+                    reason="the process ended while this property ran",
+                    what="the process that runs the target",
+                    expected="it returns",
+                    got="it ended (a crash, an exit, or out of memory)",
+                )
+
+
+def check_unit(plan: Plan, name: str) -> Outcome:
+    """One property of a plan; the unit of work that an executor runs."""
+    prop = next(p for p in all_properties() if p.name == name)
+    return check_property(
+        prop,
+        _load(plan.target),
+        profile=PROFILES[plan.profile],
+        seed=plan.seed,
+        device=plan.device,
+    )
+
+
+_load = functools.lru_cache(maxsize=4)(load)

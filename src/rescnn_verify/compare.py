@@ -1,0 +1,166 @@
+"""Comparisons: what a property yields, and what a falsified one says.
+
+Every function here makes one comparison. It returns a `Comparison` when it holds and raises
+`Falsified` when it does not, so that a property reads ``yield equal(got, expected, "what")`` and the
+number of values yielded is the number of assertions made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Comparison",
+    "Falsified",
+    "attempt",
+    "equal",
+    "holds",
+    "refuses",
+    "same_bits",
+    "within",
+]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One comparison that held.
+
+    Args:
+        what: the quantity compared.
+        ratio: worst error over bound for a bounded comparison, None for an exact one.
+    """
+
+    what: str
+    ratio: float | None = None
+
+
+class Falsified(AssertionError):
+    """The target does not do what the property states.
+
+    Args:
+        what: the quantity compared.
+        expected, got: both sides, as text.
+    """
+
+    def __init__(self, what: str, expected: str, got: str) -> None:
+        super().__init__(what, expected, got)
+        self.what, self.expected, self.got = what, expected, got
+
+    def __str__(self) -> str:
+        return f"{self.what}: expected {self.expected}, got {self.got}"
+
+
+def holds(condition: bool, what: str, expected: str, got: str) -> Comparison:
+    """``condition`` is true."""
+    if not condition:
+        raise Falsified(what, expected, got)
+    return Comparison(what)
+
+
+def equal(got: Any, expected: Any, what: str) -> Comparison:
+    """``got == expected``, for plain values (numbers, tuples, names)."""
+    return holds(bool(got == expected), what, repr(expected), repr(got))
+
+
+def same_bits(got: Tensor, expected: Tensor | np.ndarray, what: str) -> Comparison:
+    """Equal shape and equal values, NaN equal to NaN and −0 to +0; no tolerance.
+
+    Args:
+        got: any tensor.
+        expected: a tensor of the same dtype, or a float64 array that ``got``'s dtype can hold.
+    """
+    got = got.detach().cpu()
+    if isinstance(expected, np.ndarray):
+        expected = torch.from_numpy(np.ascontiguousarray(expected)).to(got.dtype)
+    expected = expected.detach().cpu()
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        raise Falsified(what, _kind(expected), _kind(got))
+    if torch.equal(got, expected):
+        return Comparison(what)
+    different = (got != expected) & ~(torch.isnan(got) & torch.isnan(expected))
+    return _no_difference(got, expected, different, what)
+
+
+def within(got: Tensor, expected: np.ndarray, bound: np.ndarray, what: str) -> Comparison:
+    """|got − expected| ≤ bound elementwise, in extended precision.
+
+    Args:
+        got: any tensor.
+        expected: its exact value up to an error that ``bound`` includes; same shape.
+        bound: a derived error bound, same shape, finite.
+    """
+    values = got.detach().cpu().to(torch.float64).numpy()
+    if values.shape != expected.shape:
+        raise Falsified(what, f"shape {expected.shape}", f"shape {values.shape}")
+    error = np.abs(values.astype(expected.dtype) - expected)
+    bad = ~(error <= bound)
+    if not bad.any():
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(error > 0, error / bound, 0)
+        return Comparison(what, float(ratio.max()) if ratio.size else 0.0)
+    worst = np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(error / bound), -1)), bad.shape)
+    place = tuple(int(i) for i in worst)
+    raise Falsified(
+        f"{what} at {list(place)} ({int(bad.sum())} of {bad.size} elements are off)",
+        f"{float(expected[place])!r} ± {float(bound[place]):.3g}",
+        f"{float(values[place])!r} (error {float(error[place]):.3g})",
+    )
+
+
+def attempt(what: str, action: Callable[[], Any]) -> Any:
+    """The result of the target's code; an exception in it falsifies.
+
+    Everything that runs code of the target on a case it promised goes through here, so that an
+    exception anywhere else is the suite's own.
+    """
+    try:
+        return action()
+    except Falsified:
+        raise
+    except Exception as error:
+        raise Falsified(what, "no exception", _describe(error)) from error
+
+
+def refuses(
+    action: Callable[[], Any], errors: tuple[type[Exception], ...], what: str
+) -> Exception | None:
+    """The exception with which ``action`` refuses, None when it returns.
+
+    Raises:
+        Falsified: an exception of another type than ``errors``.
+    """
+    try:
+        action()
+    except errors as error:
+        return error
+    except Exception as error:
+        names = " or ".join(kind.__name__ for kind in errors)
+        raise Falsified(what, f"{names}, or no exception", _describe(error)) from error
+    return None
+
+
+def _describe(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
+def _no_difference(got: Tensor, expected: Tensor, different: Tensor, what: str) -> Comparison:
+    where = different.nonzero()
+    if len(where) == 0:
+        return Comparison(what)
+    place = tuple(int(i) for i in where[0])
+    raise Falsified(
+        f"{what} at {list(place)} ({len(where)} of {different.numel()} elements differ)",
+        repr(expected[place].item()),
+        repr(got[place].item()),
+    )

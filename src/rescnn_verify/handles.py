@@ -1,0 +1,160 @@
+"""Handles: the convolutions and norms of a residual block, found by type rather than by index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rescnn_verify.case import Config
+from rescnn_verify.compare import Falsified
+
+__all__ = ["BlockHandles", "ConvNorm", "contract_handles"]
+
+
+@dataclass(frozen=True)
+class ConvNorm:
+    """A convolution and the norm behind it."""
+
+    conv: nn.Conv1d
+    norm: _BatchNorm
+
+
+@dataclass(frozen=True)
+class BlockHandles:
+    """The parts of one residual block.
+
+    Args:
+        module: the block itself, callable on an input.
+        branches: branch i's convolution and norm, in the order of the kernel sizes.
+        fusion: the 1×1 convolution and norm.
+    """
+
+    module: nn.Module
+    branches: tuple[ConvNorm, ...]
+    fusion: ConvNorm
+
+    @property
+    def layers(self) -> tuple[ConvNorm, ...]:
+        """The branches in order, then the fusion."""
+        return (*self.branches, self.fusion)
+
+
+def contract_handles(model: nn.Module, config: Config) -> tuple[BlockHandles, ...]:
+    """The handles of a model that follows the reference contract, block by block.
+
+    The contract's names (``blocks``, ``branches``, ``fusion``) are used where the model has them;
+    otherwise the blocks are the children that hold the convolutions, and within a block the fusion
+    is the last 1×1 convolution from all channels to all channels.
+
+    Raises:
+        Falsified: the model does not consist of ``num_blocks`` blocks with one convolution and one
+            batch norm for each kernel and a 1×1 fusion with its norm.
+    """
+    blocks = _block_modules(model, config.num_blocks)
+    if len(blocks) != config.num_blocks:
+        raise Falsified(
+            "residual blocks in the model", f"num_blocks = {config.num_blocks}", str(len(blocks))
+        )
+    return tuple(_block_handles(block, config) for block in blocks)
+
+
+def _block_modules(model: nn.Module, count: int) -> Sequence[nn.Module]:
+    if isinstance(named := getattr(model, "blocks", None), nn.Module):
+        return _children(named)
+    total = len(_convolutions(model))
+    for container in model.modules():
+        inside = [child for child in _children(container) if _convolutions(child)]
+        repeated = len(inside) == count and len({len(_convolutions(c)) for c in inside}) == 1
+        if count > 1 and repeated and sum(len(_convolutions(c)) for c in inside) == total:
+            return inside
+    return [model]
+
+
+def _block_handles(block: nn.Module, config: Config) -> BlockHandles:
+    convs = _convolutions(block)
+    expected = config.branches + 1
+    if len(convs) != expected:
+        raise Falsified(
+            "Conv1d modules in a block",
+            f"{expected}: one for each of kernel_sizes={list(config.kernel_sizes)} and the fusion",
+            str(len(convs)),
+        )
+    norms = _norms(block)
+    if len(norms) != expected:
+        raise Falsified(
+            "BatchNorm modules in a block", f"{expected}: one for each convolution", str(len(norms))
+        )
+    fusion = _fusion_convolution(block, convs, config)
+    branch_convs = [conv for conv in convs if conv is not fusion]
+    fusion_norm = _fusion_norm(block, norms, config)
+    branch_norms = [norm for norm in norms if norm is not fusion_norm]
+    paired = _pair(block, branch_convs, branch_norms)
+    return BlockHandles(block, paired, ConvNorm(fusion, fusion_norm))
+
+
+def _fusion_convolution(block: nn.Module, convs: Sequence[nn.Conv1d], config: Config) -> nn.Conv1d:
+    within = _convolutions(getattr(block, "fusion", None))
+    if len(within) == 1:
+        return within[0]
+    branches = _convolutions(getattr(block, "branches", None))
+    shape = (config.channels, config.channels, 1)
+    candidates = [c for c in convs if c not in branches and tuple(c.weight.shape) == shape]
+    if not candidates:
+        raise Falsified(
+            "fusion of a block",
+            f"a dense 1×1 convolution with weight {shape}",
+            f"convolutions with weights {[tuple(c.weight.shape) for c in convs]}",
+        )
+    return candidates[-1]
+
+
+def _fusion_norm(block: nn.Module, norms: Sequence[_BatchNorm], config: Config) -> _BatchNorm:
+    within = _norms(getattr(block, "fusion", None))
+    if len(within) == 1:
+        return within[0]
+    branches = _norms(getattr(block, "branches", None))
+    candidates = [
+        norm for norm in norms if norm not in branches and norm.num_features == config.channels
+    ]
+    if not candidates:
+        raise Falsified(
+            "norm of the fusion",
+            f"a BatchNorm over {config.channels} channels",
+            f"norms over {[norm.num_features for norm in norms]} channels",
+        )
+    return candidates[-1]
+
+
+def _pair(
+    block: nn.Module, convs: Sequence[nn.Conv1d], norms: Sequence[_BatchNorm]
+) -> tuple[ConvNorm, ...]:
+    """Each branch's convolution with the norm of the same submodule, else in order."""
+    partner: dict[nn.Conv1d, _BatchNorm] = {}
+    for part in block.modules():
+        own_convs = [c for c in _convolutions(part) if c in convs]
+        own_norms = [n for n in _norms(part) if n in norms]
+        if len(own_convs) == len(own_norms) == 1:
+            partner[own_convs[0]] = own_norms[0]
+    if len(partner) != len(convs):
+        partner = dict(zip(convs, norms, strict=True))
+    return tuple(ConvNorm(conv, partner[conv]) for conv in convs)
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    """The direct children, a shared one as often as it is named."""
+    return [child for child in module._modules.values() if child is not None]
+
+
+def _convolutions(module: nn.Module | None) -> list[nn.Conv1d]:
+    if not isinstance(module, nn.Module):
+        return []
+    return [m for m in module.modules() if isinstance(m, nn.Conv1d)]
+
+
+def _norms(module: nn.Module | None) -> list[_BatchNorm]:
+    if not isinstance(module, nn.Module):
+        return []
+    return [m for m in module.modules() if isinstance(m, _BatchNorm)]

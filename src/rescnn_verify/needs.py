@@ -1,0 +1,39 @@
+"""What properties may need of a target."""
+
+from __future__ import annotations
+
+from rescnn_verify.statement import Need
+
+__all__ = [
+    "A_FIELD_CLAIM",
+    "A_PARAMETER_CLAIM",
+    "BATCH_NORM",
+    "CHANNEL_DROPOUT",
+    "CHECKED_INPUT",
+    "CONTRACT",
+    "DIRECT",
+    "FIELD",
+    "HANDLES",
+    "INDEPENDENT_ROWS",
+    "NONFINITE",
+    "POST_ACTIVATION",
+    "REFUSALS",
+    "STACK",
+]
+
+HANDLES = Need("handles of the blocks", lambda t: t.handles is not None)
+CONTRACT = Need("the whole reference contract", lambda t: t.follows_contract)
+STACK = Need("a stack of blocks", lambda t: t.kind == "stack")
+FIELD = Need("a known, bounded receptive field", lambda t: t.receptive_field is not None)
+A_FIELD_CLAIM = Need("a claimed receptive field", lambda t: "receptive field" in t.claims)
+A_PARAMETER_CLAIM = Need("a claimed parameter count", lambda t: "parameter count" in t.claims)
+POST_ACTIVATION = Need(
+    "a residual before the last activation", lambda t: t.traits.residual == "post-activation"
+)
+BATCH_NORM = Need("batch norm", lambda t: t.traits.norm == "batch")
+CHANNEL_DROPOUT = Need("channel dropout", lambda t: t.traits.dropout == "channel")
+INDEPENDENT_ROWS = Need("independent batch rows in eval", lambda t: t.traits.batch_independent)
+CHECKED_INPUT = Need("a checked input shape", lambda t: t.traits.checks_input)
+REFUSALS = Need("refusal of invalid arguments", lambda t: t.traits.refuses_invalid)
+NONFINITE = Need("non-finite values kept", lambda t: t.traits.keeps_nonfinite)
+DIRECT = Need("direct convolution", lambda t: t.traits.direct_convolution)

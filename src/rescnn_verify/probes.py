@@ -1,0 +1,220 @@
+"""Probes: inputs and weights that make a statement visible, and what is read off the output."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from rescnn_verify.case import Case
+from rescnn_verify.handles import BlockHandles, ConvNorm
+from rescnn_verify.subject import DTYPES
+
+__all__ = [
+    "as_input",
+    "impulse_rows",
+    "make_end_taps",
+    "make_positive",
+    "normal_input",
+    "positions",
+    "randomise",
+    "reach",
+    "set_norm",
+    "zero_fusion",
+]
+
+
+def as_input(case: Case, values: np.ndarray) -> Tensor:
+    """float64 values of shape (batch, channels, length) in the case's dtype, device and layout.
+
+    ``expanded`` repeats the first batch row, or, for a batch of one, the first position, with
+    stride 0; the tensor then has the shape, but not all of the values.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
+    tensor = tensor.to(dtype=DTYPES[case.dtype], device=case.device)
+    batch, channels, length = tensor.shape
+    if case.layout == "transposed":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if case.layout == "strided":
+        wide = torch.full(
+            (batch, channels, 2 * length + 1), 7, dtype=tensor.dtype, device=case.device
+        )
+        view = wide[:, :, 1 : 2 * length + 1 : 2]
+        view.copy_(tensor)
+        return view
+    if case.layout == "expanded" and batch > 0:
+        if batch > 1:
+            return tensor[:1].expand(batch, channels, length)
+        return tensor[:, :, :1].expand(batch, channels, length)
+    return tensor
+
+
+def normal_input(case: Case, purpose: str = "input") -> Tensor:
+    """Standard normal values without exact zeros."""
+    values = case.rng(purpose).standard_normal(case.shape)
+    return as_input(case, np.where(values == 0, 1.0, values))
+
+
+def positions(case: Case, purpose: str = "positions", count: int = 4) -> list[int]:
+    """Positions of the input to probe: both ends, then others."""
+    others = case.rng(purpose).integers(0, case.length, size=max(0, count - 2)).tolist()
+    return sorted({0, case.length - 1, *others})
+
+
+def impulse_rows(case: Case, places: list[int], value: float) -> np.ndarray:
+    """Zero but for ``value`` in one channel of row i at position ``places[i]``.
+
+    Returns:
+        Shape (len(places), channels, length).
+    """
+    rng = case.rng("impulse channel")
+    values = np.zeros((len(places), case.channels, case.length))
+    for row, place in enumerate(places):
+        values[row, rng.integers(case.channels), place] = value
+    return values
+
+
+def reach(place: int, before: int, after: int, length: int) -> np.ndarray:
+    """The outputs that depend on input position ``place``.
+
+    Args:
+        before, after: the output at t depends on inputs t − before … t + after.
+
+    Returns:
+        Booleans of shape (length,).
+    """
+    t = np.arange(length)
+    return (t - before <= place) & (place <= t + after)
+
+
+def randomise(model: nn.Module, rng: np.random.Generator) -> None:
+    """Random weights and statistics in every parameter, norm scales of both signs.
+
+    Weights are scaled by the fan-in, so that activations stay of order one at any depth.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, _NormBase):
+                set_norm(
+                    module,
+                    scale=rng.uniform(0.5, 1.5, module.num_features)
+                    * rng.choice([-1, 1, 1], module.num_features),
+                    shift=rng.normal(0, 0.5, module.num_features),
+                    mean=rng.normal(0, 0.5, module.num_features),
+                    variance=rng.uniform(0.5, 2, module.num_features),
+                )
+                continue
+            for parameter in module.parameters(recurse=False):
+                fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+                draw = rng.standard_normal(tuple(parameter.shape)) / np.sqrt(max(1, fan_in))
+                _fill(parameter, draw)
+
+
+def set_norm(
+    norm: _NormBase,
+    *,
+    scale: np.ndarray | float = 1.0,
+    shift: np.ndarray | float = 0.0,
+    mean: np.ndarray | float = 0.0,
+    variance: np.ndarray | float = 1.0,
+) -> None:
+    """Sets a norm's parameters and running statistics, as far as it has them."""
+    pairs = ((norm.weight, scale), (norm.bias, shift))
+    pairs += ((norm.running_mean, mean), (norm.running_var, variance))  # type: ignore[assignment]
+    for tensor, value in pairs:
+        if tensor is not None:
+            _fill(tensor, np.broadcast_to(value, tuple(tensor.shape)))
+
+
+def make_positive(blocks: tuple[BlockHandles, ...], rng: np.random.Generator) -> None:
+    """Positive weights of average 1/fan-in, no shifts: no ReLU ever cuts, no term ever cancels."""
+    for block in blocks:
+        for layer in block.layers:
+            shape = tuple(layer.conv.weight.shape)
+            fan_in = shape[1] * shape[2]
+            _fill(layer.conv.weight, rng.uniform(0.5, 1.5, shape) / fan_in)
+            _zero_bias(layer)
+            set_norm(layer.norm)
+
+
+def only_branch(blocks: tuple[BlockHandles, ...], index: int) -> None:
+    """Cuts every branch but one off the fusion of every block."""
+    for block in blocks:
+        widths = [branch.conv.weight.shape[0] for branch in block.branches]
+        start = sum(widths[:index])
+        with torch.no_grad():
+            keep = block.fusion.conv.weight[:, start : start + widths[index]].clone()
+            block.fusion.conv.weight.zero_()
+            block.fusion.conv.weight[:, start : start + widths[index]] = keep
+
+
+def zero_fusion(blocks: tuple[BlockHandles, ...], how: str) -> None:
+    """Makes every fusion return zero.
+
+    Args:
+        how: ``"norm"`` zeroes the norm's scale and shift, ``"convolution"`` the convolution's
+            weight and bias and the norm's mean and shift.
+    """
+    for block in blocks:
+        fusion = block.fusion
+        if how == "norm":
+            _fill(fusion.norm.weight, np.zeros(fusion.norm.num_features))
+        else:
+            _fill(fusion.conv.weight, np.zeros(tuple(fusion.conv.weight.shape)))
+            _zero_bias(fusion)
+            if fusion.norm.running_mean is not None:
+                _fill(fusion.norm.running_mean, np.zeros(fusion.norm.num_features))
+        _fill(fusion.norm.bias, np.zeros(fusion.norm.num_features))
+
+
+# A running variance so large that adding any usual epsilon to it rounds it off again, and a power
+# of four, so that its square root is a power of two: norms then multiply by exactly ±2^i.
+BIG_VARIANCE = {"float64": 4.0**22, "float32": 4.0**13, "bfloat16": 4.0**13, "float16": 4.0**5}
+
+
+def exact_norm(
+    norm: _NormBase,
+    dtype: str,
+    *,
+    scale: np.ndarray | float = 1.0,
+    shift: np.ndarray | float = 0.0,
+    mean: np.ndarray | float = 0.0,
+) -> None:
+    """Makes an eval-mode norm return ``scale·(v − mean) + shift`` without any rounding.
+
+    ``scale`` must be a power of two, positive or negative. The epsilon of the norm does not
+    matter: it is below half a unit in the last place of the running variance.
+    """
+    variance = BIG_VARIANCE[dtype]
+    set_norm(norm, scale=np.sqrt(variance) * scale, shift=shift, mean=mean, variance=variance)
+
+
+def make_end_taps(blocks: tuple[BlockHandles, ...], dtype: str) -> None:
+    """Each block adds the two end taps of its widest kernel to its first channel, exactly.
+
+    The first channel of the widest branch is ``x[t − r] + x[t + r]`` of the first channel (``x[t]``
+    for a kernel of one), the fusion hands it on to the first channel, and all else is zero.
+    """
+    for block in blocks:
+        for layer in block.layers:
+            _fill(layer.conv.weight, np.zeros(tuple(layer.conv.weight.shape)))
+            _zero_bias(layer)
+            exact_norm(layer.norm, dtype)
+        kernels = [branch.conv.weight.shape[2] for branch in block.branches]
+        widest = int(np.argmax(kernels))
+        column = sum(branch.conv.weight.shape[0] for branch in block.branches[:widest])
+        with torch.no_grad():
+            block.branches[widest].conv.weight[0, 0, 0] = 1
+            block.branches[widest].conv.weight[0, 0, -1] = 1
+            block.fusion.conv.weight[0, column, 0] = 1
+
+
+def _zero_bias(layer: ConvNorm) -> None:
+    if layer.conv.bias is not None:
+        _fill(layer.conv.bias, np.zeros(tuple(layer.conv.bias.shape)))
+
+
+def _fill(tensor: Tensor, values: np.ndarray) -> None:
+    with torch.no_grad():
+        tensor.copy_(torch.from_numpy(np.array(values, dtype=np.float64)))

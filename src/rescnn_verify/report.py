@@ -1,0 +1,200 @@
+"""The report: outcomes as a table, as JSON, and as text to act on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rescnn_verify.campaign import Plan
+from rescnn_verify.engine import FALSIFIED, HELD, INTERNAL_ERROR, NOT_APPLICABLE, Outcome
+from rescnn_verify.witness import Witness, versions
+
+__all__ = [
+    "COULD_NOT_RUN",
+    "environment_of",
+    "exit_code",
+    "print_report",
+    "print_witness",
+    "to_json",
+    "verdict_of",
+    "witness_of",
+]
+
+COULD_NOT_RUN = "could not run"
+STYLES = {HELD: "green", FALSIFIED: "bold red", NOT_APPLICABLE: "dim"}
+
+
+def verdict_of(outcomes: Sequence[Outcome]) -> str:
+    """The verdict of a whole run: falsified if any property is, held if all that apply are."""
+    verdicts = {outcome.verdict for outcome in outcomes}
+    if FALSIFIED in verdicts:
+        return FALSIFIED
+    return HELD if HELD in verdicts and verdicts <= {HELD, NOT_APPLICABLE} else COULD_NOT_RUN
+
+
+def exit_code(verdict: str) -> int:
+    """0 held, 1 falsified, 2 could not run."""
+    return {HELD: 0, FALSIFIED: 1}.get(verdict, 2)
+
+
+def witness_of(outcome: Outcome, target: str) -> Witness | None:
+    """The witness of a falsified property; None if it has no case (the process ended)."""
+    if outcome.verdict != FALSIFIED or not outcome.trial:
+        return None
+    return Witness(outcome.name, target, outcome.trial, outcome.what, outcome.expected, outcome.got)
+
+
+def environment_of(device: str) -> dict[str, Any]:
+    """What the results depend on besides the target."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    return {
+        **versions(),
+        "platform": platform.platform(),
+        "device": device,
+        "device name": name or platform.machine(),
+        "threads per worker": 1,
+        "cores": os.cpu_count(),
+    }
+
+
+def to_json(
+    plan: Plan, outcomes: Sequence[Outcome], seconds: float, witnesses: dict[str, Path]
+) -> dict[str, Any]:
+    """The run as a JSON object."""
+    return {
+        "target": plan.target,
+        "verdict": verdict_of(outcomes),
+        "profile": plan.profile,
+        "seed": plan.seed,
+        "seconds": round(seconds, 3),
+        "environment": environment_of(plan.device),
+        "properties": [_outcome_json(o, plan.target, witnesses.get(o.name)) for o in outcomes],
+    }
+
+
+def _outcome_json(outcome: Outcome, target: str, path: Path | None) -> dict[str, Any]:
+    witness = witness_of(outcome, target)
+    counterexample = None
+    if outcome.verdict == FALSIFIED:
+        counterexample = {
+            "what": outcome.what,
+            "expected": outcome.expected,
+            "got": outcome.got,
+            "case": witness.case.to_json() if witness else None,
+            "before": [case.to_json() for case in outcome.trial[:-1]],
+            "witness": str(path) if path else None,
+            "python": witness.python() if witness else None,
+        }
+    return {
+        "name": outcome.name,
+        "verdict": outcome.verdict,
+        "evidence": outcome.evidence,
+        "cases": outcome.cases,
+        "assertions": outcome.assertions,
+        "architectures": outcome.architectures,
+        "seconds": round(outcome.seconds, 3),
+        "worst_ratio": outcome.worst_ratio,
+        "reason": outcome.reason,
+        "counterexample": counterexample,
+    }
+
+
+def print_report(
+    console: Console,
+    plan: Plan,
+    outcomes: Sequence[Outcome],
+    seconds: float,
+    witnesses: dict[str, Path],
+) -> None:
+    """The table of properties, every falsification, and the verdict."""
+    table = Table(title=f"rescnn-verify check {escape(plan.target)}", title_justify="left")
+    table.add_column("property", overflow="fold")
+    table.add_column("verdict")
+    table.add_column("evidence")
+    for heading in ("cases", "assertions", "seconds"):
+        table.add_column(heading, justify="right")
+    for outcome in outcomes:
+        style = STYLES.get(outcome.verdict, "bold yellow")
+        table.add_row(
+            outcome.name,
+            f"[{style}]{outcome.verdict}[/]",
+            _evidence(outcome),
+            str(outcome.cases),
+            str(outcome.assertions),
+            f"{outcome.seconds:.1f}",
+        )
+    console.print(table)
+    for outcome in outcomes:
+        if outcome.verdict == FALSIFIED:
+            _print_falsified(console, outcome, plan.target, witnesses.get(outcome.name))
+        elif outcome.verdict not in (HELD, NOT_APPLICABLE):
+            _print(console, f"\n[bold yellow]{outcome.verdict}[/]: {outcome.name}")
+            _print(console, escape(outcome.reason or ""))
+    skipped = Counter(o.reason or "" for o in outcomes if o.verdict == NOT_APPLICABLE)
+    for reason, count in skipped.items():
+        _print(console, f"not applicable ({count}): {escape(reason)}")
+    _print(console, _summary(plan, outcomes, seconds))
+
+
+def print_witness(console: Console, witness: Witness, path: Path | None) -> None:
+    """What was expected, what came, the smallest case, and lines to copy."""
+    _print(console, f"  {escape(witness.what)}")
+    _print(console, f"    expected  {escape(witness.expected)}")
+    _print(console, f"    got       {escape(witness.got)}")
+    for case in witness.trial[:-1]:
+        _print(console, f"    after     {escape(str(case))}")
+    _print(console, f"    case      {escape(str(witness.case))}")
+    if path:
+        _print(console, "  see it again:")
+        _print(console, f"    rescnn-verify replay {escape(str(path))}")
+        _print(console, "  or in Python:")
+        for line in witness.python().splitlines():
+            _print(console, f"    {escape(line)}")
+
+
+def _print_falsified(console: Console, outcome: Outcome, target: str, path: Path | None) -> None:
+    _print(console, f"\n[bold red]falsified[/]: {outcome.name}")
+    if witness := witness_of(outcome, target):
+        print_witness(console, witness, path)
+    else:
+        _print(console, f"  {outcome.what}: expected {outcome.expected}, got {outcome.got}")
+
+
+def _evidence(outcome: Outcome) -> str:
+    if outcome.verdict in (NOT_APPLICABLE, INTERNAL_ERROR):
+        return ""
+    if outcome.worst_ratio is not None:
+        return f"{outcome.evidence}, worst error/bound {outcome.worst_ratio:.2f}"
+    return outcome.evidence
+
+
+def _summary(plan: Plan, outcomes: Sequence[Outcome], seconds: float) -> str:
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    cases = sum(outcome.cases for outcome in outcomes)
+    assertions = sum(outcome.assertions for outcome in outcomes)
+    verdict = verdict_of(outcomes)
+    style = STYLES.get(verdict, "bold yellow")
+    return (
+        f"\n[{style}]{verdict}[/]: {parts}; sampled {cases} cases, {assertions} assertions, "
+        f"{seconds:.1f} s (profile {plan.profile}, seed {plan.seed}, {plan.device})"
+    )
+
+
+def _print(console: Console, text: str) -> None:
+    """A line that can be copied: never wrapped."""
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")

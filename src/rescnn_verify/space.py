@@ -1,0 +1,218 @@
+"""A space: which cases there are, factor by factor, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rescnn_verify.case import Case, Config
+
+__all__ = [
+    "ARCHITECTURES",
+    "INPUTS",
+    "Choice",
+    "Constraint",
+    "Factor",
+    "Floats",
+    "Integers",
+    "Lists",
+    "Space",
+    "SpaceError",
+]
+
+
+class SpaceError(ValueError):
+    """A space that has no case, or factors that cannot be combined."""
+
+
+@dataclass(frozen=True)
+class Integers:
+    """The integers from ``low`` to ``high``, both included."""
+
+    low: int
+    high: int
+
+    def __contains__(self, value: object) -> bool:
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        return is_integer and self.low <= value <= self.high  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Floats:
+    """The floats from ``low`` to ``high``, both included."""
+
+    low: float
+    high: float
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+@dataclass(frozen=True, init=False)
+class Choice:
+    """One of the given values, the simplest first."""
+
+    values: tuple[Any, ...]
+
+    def __init__(self, *values: Any) -> None:
+        object.__setattr__(self, "values", values)
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.values
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Lists of ``low`` to ``high`` elements, each from one factor; order and repeats count."""
+
+    element: Integers | Choice
+    low: int
+    high: int
+
+    def __contains__(self, value: object) -> bool:
+        return (
+            isinstance(value, tuple)
+            and self.low <= len(value) <= self.high
+            and all(item in self.element for item in value)
+        )
+
+
+Factor = Integers | Floats | Choice | Lists
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What ties several factors together.
+
+    Args:
+        text: the condition as a person would say it.
+        holds: whether a case meets it.
+    """
+
+    text: str
+    holds: Callable[[Case], bool]
+
+
+_CASE_FIELDS = {f.name for f in fields(Case)}
+_CONFIG_FIELDS = {f.name for f in fields(Config)}
+
+
+@dataclass(frozen=True, init=False)
+class Space:
+    """All combinations of the factors' values that meet the constraints.
+
+    Factors are named as the fields of `Case`; other names are further factors of the property
+    (``extra``), or, with the prefix ``option.``, further arguments of the target (``options``).
+    A factor left out keeps the default of its field.
+
+    ``Space(a=…) * Space(b=…)`` has the factors of both; where both name a factor, its values are
+    those in both.
+    """
+
+    factors: tuple[tuple[str, Factor], ...]
+    where: tuple[Constraint, ...]
+
+    def __init__(
+        self,
+        factors: Mapping[str, Factor] | None = None,
+        /,
+        where: tuple[Constraint, ...] = (),
+        **named: Factor,
+    ) -> None:
+        merged = dict(factors or {}) | named
+        object.__setattr__(self, "factors", tuple(merged.items()))
+        object.__setattr__(self, "where", where)
+
+    def __mul__(self, other: Space) -> Space:
+        merged = dict(self.factors)
+        for name, factor in other.factors:
+            merged[name] = _common(name, merged[name], factor) if name in merged else factor
+        where = self.where + tuple(c for c in other.where if c not in self.where)
+        return Space(merged, where=where)
+
+    def narrow(self, *where: Constraint, **factors: Factor) -> Space:
+        """The part of this space within the given factors and constraints."""
+        return self * Space(factors, where=where)
+
+    def get(self, name: str) -> Factor | None:
+        """The factor of that name, None where the field keeps its default."""
+        return dict(self.factors).get(name)
+
+    def meets_constraints(self, case: Case) -> bool:
+        return all(constraint.holds(case) for constraint in self.where)
+
+    def __contains__(self, case: object) -> bool:
+        return (
+            isinstance(case, Case)
+            and all(value(case, name) in factor for name, factor in self.factors)
+            and self.meets_constraints(case)
+        )
+
+
+def value(case: Case, name: str) -> Any:
+    """The value that a case gives to the factor ``name``."""
+    if name in _CASE_FIELDS:
+        return getattr(case, name)
+    if name.startswith("option."):
+        return case.option(name.removeprefix("option."))
+    return case[name]
+
+
+def architectural(name: str) -> bool:
+    """Whether the factor ``name`` belongs to the configuration rather than to the input."""
+    return name in _CONFIG_FIELDS or name.startswith("option.")
+
+
+def _common(name: str, a: Factor, b: Factor) -> Factor:
+    common: Factor | None = None
+    if isinstance(a, Choice):
+        common = Choice(*(v for v in a.values if v in b))
+    elif isinstance(b, Choice):
+        common = Choice(*(v for v in b.values if v in a))
+    elif isinstance(a, Integers) and isinstance(b, Integers):
+        common = Integers(max(a.low, b.low), min(a.high, b.high))
+    elif isinstance(a, Floats) and isinstance(b, Floats):
+        common = Floats(max(a.low, b.low), min(a.high, b.high))
+    elif isinstance(a, Lists) and isinstance(b, Lists):
+        element = _common(name, a.element, b.element)
+        if isinstance(element, Integers | Choice):
+            common = Lists(element, max(a.low, b.low), min(a.high, b.high))
+    if common is None:
+        raise SpaceError(f"{name}: {a} and {b} cannot be combined")
+    empty = (isinstance(common, Choice) and not common.values) or (
+        isinstance(common, Integers | Floats | Lists) and common.low > common.high
+    )
+    if empty:
+        raise SpaceError(f"{name}: no value is in both {a} and {b}")
+    return common
+
+
+A_CHANNEL_PER_BRANCH = Constraint(
+    "at least one channel per branch", lambda c: c.channels >= len(c.kernel_sizes)
+)
+MORE_THAN_ONE_VALUE_TO_TRAIN = Constraint(
+    "more than one value per channel in train mode",
+    lambda c: c.mode == "eval" or c.batch * c.length > 1,
+)
+
+#: The configurations that the reference contract promises, as far as they are explored.
+ARCHITECTURES = Space(
+    kernel_sizes=Lists(Choice(3, 5, 7, 1, 9, 11, 13), 1, 6),
+    num_blocks=Integers(1, 7),
+    channels=Integers(1, 128),
+    dropout=Choice(0.0, 0.1, 0.5, 1.0, 0.25, 0.9),
+    where=(A_CHANNEL_PER_BRANCH,),
+)
+
+#: The inputs that the reference contract promises.
+INPUTS = Space(
+    batch=Integers(0, 130),
+    length=Integers(1, 4200),
+    dtype=Choice("float32", "float64", "bfloat16", "float16"),
+    layout=Choice("contiguous", "transposed", "strided", "expanded"),
+    mode=Choice("eval", "train"),
+    device=Choice("cpu", "cuda"),
+    seed=Integers(0, 2**32 - 1),
+    where=(MORE_THAN_ONE_VALUE_TO_TRAIN,),
+)

@@ -1,0 +1,109 @@
+"""A property: a statement about a target and a case, with the space over which it is claimed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from rescnn_verify.case import Case
+from rescnn_verify.compare import Comparison
+from rescnn_verify.space import Space, SpaceError
+from rescnn_verify.subject import Subject
+from rescnn_verify.target import Target
+
+__all__ = ["Need", "NotApplicable", "Property", "all_properties", "statement"]
+
+Check = Callable[[Subject, Case], Iterator[Comparison]]
+
+
+class NotApplicable(Exception):
+    """The target does not support what the property needs, which only running it could tell."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a target must promise for a property to apply.
+
+    Args:
+        name: the trait or handle, as `rescnn-verify list` shows it.
+        met: whether a target promises it.
+    """
+
+    name: str
+    met: Callable[[Target], bool]
+
+
+@dataclass(frozen=True)
+class Property:
+    """A statement, where it is claimed, and what it needs.
+
+    Args:
+        check: the predicate; yields one `Comparison` for each comparison made, raises
+            `Falsified` when the statement is false.
+        space: the cases for which the statement is claimed of any target; a target narrows it.
+        needs: what a target must promise; otherwise the property is not applicable.
+        evidence: ``"exact"`` (bitwise), ``"bounded"`` (within a derived bound) or ``"statistical"``.
+        documented: whether the documented 512-channel stack is always among its cases.
+    """
+
+    check: Check
+    space: Space
+    needs: tuple[Need, ...]
+    evidence: str
+    documented: bool
+
+    @property
+    def family(self) -> str:
+        return self.check.__module__.rpartition(".")[2]
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}.{self.check.__name__}"
+
+    @property
+    def text(self) -> str:
+        """The statement in full."""
+        return inspect.cleandoc(self.check.__doc__ or "")
+
+    @property
+    def title(self) -> str:
+        """The statement in one sentence: the docstring's first paragraph."""
+        return " ".join(self.text.partition("\n\n")[0].split())
+
+    def missing(self, target: Target) -> str | None:
+        """Why the property does not apply to a target, None when it does."""
+        lacking = [need.name for need in self.needs if not need.met(target)]
+        if lacking:
+            return f"the target does not promise: {', '.join(lacking)}"
+        try:
+            self.space_for(target)
+        except SpaceError as error:
+            return f"no case in common with the target's space ({error})"
+        return None
+
+    def space_for(self, target: Target) -> Space:
+        return self.space * target.space
+
+
+def statement(
+    *,
+    space: Space,
+    needs: tuple[Need, ...] = (),
+    evidence: str = "exact",
+    documented: bool = False,
+) -> Callable[[Check], Property]:
+    """Makes a generator function of (subject, case) a `Property`; its docstring is the statement."""
+
+    def wrap(check: Check) -> Property:
+        return Property(check, space, needs, evidence, documented)
+
+    return wrap
+
+
+def all_properties() -> tuple[Property, ...]:
+    """Every property, family by family, in the order in which they are written."""
+    package = importlib.import_module("rescnn_verify.properties")
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in package.FAMILIES]
+    return tuple(p for module in modules for p in vars(module).values() if isinstance(p, Property))

@@ -1,0 +1,191 @@
+"""A subject: a target as a property handles it, one trial long."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rescnn_verify.case import Case, Config
+from rescnn_verify.compare import Falsified, attempt
+from rescnn_verify.handles import BlockHandles
+from rescnn_verify.target import Target
+
+__all__ = ["DTYPES", "Subject", "environment", "onednn", "seed_everything"]
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class Subject:
+    """Builds, restores and runs the target's modules; an exception of theirs falsifies.
+
+    A module is built once for each (configuration, dtype, device) of a trial. Before every case its
+    parameters, buffers, gradients and mode are those it was built with, so that what a case shows
+    does not depend on the cases before it, unless the target itself remembers them.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._built: dict[tuple[Config, str, str], tuple[nn.Module, list[_Saved]]] = {}
+        self._handles: dict[nn.Module, tuple[BlockHandles, ...]] = {}
+
+    def model(self, case: Case, *, mode: str | None = None) -> nn.Module:
+        """The module for a case, in the state it was built with, in the case's mode."""
+        key = (case.config, case.dtype, case.device)
+        if key not in self._built:
+            model = self.build(case)
+            self._built[key] = (model, _save(model))
+        model, saved = self._built[key]
+        with torch.no_grad():
+            for entry in saved:
+                entry.restore()
+        return self.set_mode(model, mode or case.mode)
+
+    def build(self, case: Case) -> nn.Module:
+        """A new module for a case, its initial weights a function of the configuration alone."""
+        seed_everything(_seed_of(case.config))
+        model = self.build_with(case.config)
+        return attempt(  # type: ignore[no-any-return]
+            f"moving the model to {case.dtype} on {case.device}",
+            lambda: model.to(device=case.device, dtype=DTYPES[case.dtype]),
+        )
+
+    def build_with(self, config: Config) -> nn.Module:
+        """A new module from whatever random state there is."""
+        model = attempt(f"building {_describe(config)}", lambda: self.target.build(config))
+        if not isinstance(model, nn.Module):
+            raise Falsified(f"building {_describe(config)}", "an nn.Module", type(model).__name__)
+        return model
+
+    def set_mode(self, model: nn.Module, mode: str) -> nn.Module:
+        attempt(f"switching to {mode} mode", lambda: model.train(mode == "train"))
+        return model
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, *, call: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """The output for x; ``call`` runs a part of the model, default the target's own call."""
+        run = call or self.target.call
+        what = f"forward on {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+        out = attempt(what, lambda: run(model, x))
+        if not isinstance(out, Tensor):
+            raise Falsified(what, "a tensor", type(out).__name__)
+        return out
+
+    def backward(self, out: Tensor, gradient: Tensor, what: str = "backward") -> None:
+        """Accumulates the vector-Jacobian product of ``gradient`` in the leaves' ``.grad``."""
+        attempt(what, lambda: out.backward(gradient))
+
+    def vjp(self, model: nn.Module, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The output at x and Jᵀv, v broadcast to the output's shape."""
+        leaf = x.detach().clone().requires_grad_()
+        out = self(model, leaf)
+        self.backward(out, v.expand_as(out).to(out.dtype))
+        if leaf.grad is None:
+            raise Falsified("gradient at the input", "a tensor", "None")
+        return out.detach(), leaf.grad
+
+    def handles(self, model: nn.Module, case: Case) -> tuple[BlockHandles, ...]:
+        """The convolutions and norms of each block; for properties that need handles."""
+        find = self.target.handles
+        assert find is not None, "a property that uses handles must list them among its needs"
+        if model not in self._handles:
+            self._handles[model] = attempt(
+                "finding the blocks' convolutions and norms", lambda: find(model, case.config)
+            )
+        return self._handles[model]
+
+
+@contextmanager
+def onednn(enabled: bool) -> Iterator[None]:
+    """Runs convolutions on the CPU with or without oneDNN, two different sets of kernels."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """One thread, own random states, and the settings under which the statements hold; restored.
+
+    NNPACK (float32, oneDNN off, large batches) and TF32 or reduced-precision sums are other
+    algorithms than direct convolution in the dtype's own precision, so they are off.
+    """
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with (
+        torch.random.fork_rng(),
+        torch.backends.nnpack.flags(enabled=False),
+        torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        ),
+    ):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        matmul = torch.backends.cuda.matmul
+        before = (
+            matmul.allow_tf32,
+            matmul.allow_fp16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction,
+        )
+        matmul.allow_tf32 = False
+        matmul.allow_fp16_reduced_precision_reduction = False
+        matmul.allow_bf16_reduced_precision_reduction = False
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            matmul.allow_tf32 = before[0]
+            matmul.allow_fp16_reduced_precision_reduction = before[1]
+            matmul.allow_bf16_reduced_precision_reduction = before[2]
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch's, NumPy's and Python's global generators, for a target that draws from them."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+class _Saved:
+    """A parameter or buffer with the value and flags it had."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.value = tensor.detach().clone()
+        self.requires_grad = tensor.requires_grad
+
+    def restore(self) -> None:
+        self.tensor.copy_(self.value)
+        self.tensor.grad = None
+        if self.tensor.requires_grad != self.requires_grad:
+            self.tensor.requires_grad_(self.requires_grad)
+
+
+def _save(model: nn.Module) -> list[_Saved]:
+    return [_Saved(tensor) for tensor in (*model.parameters(), *model.buffers())]
+
+
+def _seed_of(config: Config) -> int:
+    text = Case(**vars(config)).dumps()
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+def _describe(config: Config) -> str:
+    parts = {"channels": config.channels, "num_blocks": config.num_blocks}
+    parts |= {"kernel_sizes": list(config.kernel_sizes), "dropout": config.dropout}
+    return ", ".join(f"{key}={value!r}" for key, value in {**parts, **dict(config.options)}.items())

@@ -1,0 +1,159 @@
+"""Witnesses: falsifications as JSON files that say how to see them again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy
+import torch
+
+from rescnn_verify import __version__
+from rescnn_verify.case import Case, CaseError
+from rescnn_verify.compare import Falsified
+from rescnn_verify.engine import run_trial
+from rescnn_verify.statement import Property, all_properties
+from rescnn_verify.subject import environment
+from rescnn_verify.target import load
+
+__all__ = ["Witness", "WitnessError", "find_property", "reproduce", "versions"]
+
+VERSION = 1
+
+
+class WitnessError(ValueError):
+    """A file that is not a witness, or one of a property that does not exist."""
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A case for which a property was false.
+
+    Args:
+        property: the property's name.
+        target: the target as it was named on the command line.
+        trial: the cases run on one built model, in order; the last one falsifies. There is more
+            than one only if the model has to remember the ones before.
+        what, expected, got: the comparison that failed.
+    """
+
+    property: str
+    target: str
+    trial: tuple[Case, ...]
+    what: str
+    expected: str
+    got: str
+
+    @property
+    def case(self) -> Case:
+        return self.trial[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "property": self.property,
+            "target": self.target,
+            "case": self.case.to_json(),
+            "before": [case.to_json() for case in self.trial[:-1]],
+            "what": self.what,
+            "expected": self.expected,
+            "got": self.got,
+            "versions": versions(),
+        }
+
+    @property
+    def filename(self) -> str:
+        text = self.target + "".join(case.dumps() for case in self.trial)
+        return f"{self.property}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
+
+    def write(self, folder: Path) -> Path:
+        """Writes the witness into a folder, making it if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.filename
+        path.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Witness:
+        """The witness in a file.
+
+        Raises:
+            WitnessError: there is no such file, or it holds something else.
+        """
+        try:
+            data = json.loads(path.read_text())
+        except OSError as error:
+            raise WitnessError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise WitnessError(f"{path} is not JSON: {error}") from error
+        if not isinstance(data, Mapping) or data.get("version") != VERSION:
+            raise WitnessError(f"{path} is not a witness of version {VERSION}")
+        try:
+            trial = tuple(Case.from_json(item) for item in (*data["before"], data["case"]))
+            texts = {
+                key: str(data[key]) for key in ("property", "target", "what", "expected", "got")
+            }
+        except KeyError as error:
+            raise WitnessError(f"{path} has no {error.args[0]!r}") from error
+        except (CaseError, TypeError) as error:
+            raise WitnessError(f"{path}: {error}") from error
+        return cls(trial=trial, **texts)
+
+    def python(self) -> str:
+        """Lines of plain Python that raise `Falsified` again."""
+        cases = ", ".join(repr(json.loads(case.dumps())) for case in self.trial)
+        return (
+            "from rescnn_verify.witness import reproduce\n"
+            f"reproduce({self.property!r}, {self.target!r}, {cases})"
+        )
+
+
+def reproduce(name: str, target: str, *cases: Mapping[str, Any]) -> None:
+    """Runs a property on cases given as their JSON form, on one built model.
+
+    Raises:
+        Falsified: the property is false of the target for the last case.
+        WitnessError, TargetError, CaseError: it could not be run.
+    """
+    prop = find_property(name)
+    trial = tuple(Case.from_json(case) for case in cases)
+    with environment():
+        run_trial(prop, load(target), trial)
+
+
+def replay(witness: Witness) -> Falsified | None:
+    """The falsification that a witness shows now, None when the property holds for it."""
+    try:
+        reproduce(witness.property, witness.target, *(case.to_json() for case in witness.trial))
+    except Falsified as falsified:
+        return falsified
+    return None
+
+
+def find_property(name: str) -> Property:
+    """The property of that name.
+
+    Raises:
+        WitnessError: there is none.
+    """
+    for prop in all_properties():
+        if prop.name == name:
+            return prop
+    raise WitnessError(f"there is no property {name!r}; `rescnn-verify list` shows them")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {
+        "rescnn-verify": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "hypothesis": hypothesis.__version__,
+    }

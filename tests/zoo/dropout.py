@@ -1,0 +1,202 @@
+"""What is dropped, how often, and how the rest is scaled."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .base import Block, Stack
+from .registry import wrong
+
+
+def keep(y, shape, p):
+    """A mask of this shape that keeps with probability 1 - p and scales what it keeps."""
+    mask = (torch.rand(shape, device=y.device) >= p).to(y.dtype)
+    return mask / (1 - p) if p < 1 else mask
+
+
+@wrong("dropout", "the rate is always a half")
+class AlwaysHalf(Stack):
+    class Block(Block):
+        def make_dropout(self):
+            return nn.Dropout1d()
+
+
+@wrong("dropout", "nothing is dropped")
+class NeverDrops(Stack):
+    class Block(Block):
+        def drop(self, y):
+            return y
+
+
+@wrong("dropout", "single elements are dropped instead of channels")
+class DropsElements(Stack):
+    class Block(Block):
+        def make_dropout(self):
+            return nn.Dropout(self.p)
+
+
+@wrong("dropout", "time steps are dropped instead of channels")
+class DropsSteps(Stack):
+    class Block(Block):
+        def drop(self, y):
+            return super().drop(y.transpose(1, 2)).transpose(1, 2)
+
+
+@wrong("dropout", "whole samples are dropped instead of channels")
+class DropsSamples(Stack):
+    class Block(Block):
+        def drop(self, y):
+            if not self.training:
+                return y
+            return y * keep(y, (y.shape[0], 1, 1), self.p)
+
+
+@wrong("dropout", "all samples of a batch share one mask")
+class SharedBySamples(Stack):
+    class Block(Block):
+        def drop(self, y):
+            if not self.training:
+                return y
+            return y * keep(y, (1, y.shape[1], 1), self.p)
+
+
+@wrong("dropout", "all blocks of a stack share one mask")
+class SharedByBlocks(Stack):
+    class Block(Block):
+        mask = None
+
+        def drop(self, y):
+            return y if self.mask is None else y * self.mask
+
+    def forward(self, x):
+        self.blocks[0].check_input(x)
+        mask = keep(x, (*x.shape[:2], 1), self.p) if self.training else None
+        for block in self.blocks:
+            block.mask = mask
+        y = super().forward(x)
+        for block in self.blocks:
+            block.mask = None
+        return y
+
+
+@wrong("dropout", "what is kept is not scaled")
+class NotScaled(Stack):
+    class Block(Block):
+        def drop(self, y):
+            return y * (super().drop(torch.ones_like(y[..., :1])) > 0)
+
+
+@wrong("dropout", "what is kept is divided by the rate of dropping")
+class ScaledByRate(Stack):
+    class Block(Block):
+        def drop(self, y):
+            if not self.training or self.p == 0:
+                return y
+            return y * (super().drop(torch.ones_like(y[..., :1])) > 0) / self.p
+
+
+@wrong("dropout", "what is kept is left alone, and eval scales by the rate of keeping")
+class ScaledInEval(Stack):
+    class Block(Block):
+        def drop(self, y):
+            if not self.training:
+                return y * (1 - self.p)
+            return y * (super().drop(torch.ones_like(y[..., :1])) > 0)
+
+
+@wrong("dropout", "the rate is taken for the probability of keeping")
+class RateOfKeeping(Stack):
+    class Block(Block):
+        def make_dropout(self):
+            return nn.Dropout1d(1 - self.p)
+
+
+@wrong("dropout", "eval mode drops too")
+class DropsInEval(Stack):
+    class Block(Block):
+        def drop(self, y):
+            return F.dropout1d(y, self.p, training=True)
+
+
+@wrong("dropout", "the residual is dropped together with the rest")
+class DropsSum(Stack):
+    class Block(Block):
+        def drop(self, y):
+            return y
+
+        def add(self, y, x):
+            return self.fusion[2](y + x)
+
+
+@wrong("dropout", "dropout comes before the BatchNorm of the fusion")
+class DropsBeforeNorm(Stack):
+    class Block(Block):
+        def fuse(self, y):
+            return self.normalise(self.fusion[1], self.drop(self.convolve(self.fusion[0], y)))
+
+
+@wrong("dropout", "the branches are dropped instead of the fusion")
+class DropsBranches(Stack):
+    class Block(Block):
+        def fuse(self, y):
+            return self.normalise(self.fusion[1], self.convolve(self.fusion[0], self.drop(y)))
+
+
+@wrong("dropout", "only the first block drops")
+class FirstBlockOnly(Stack):
+    def make_block(self, index):
+        return self.Block(self.channels, self.kernel_sizes, 0.0 if index else self.p)
+
+
+@wrong("dropout", "the rate grows with depth as in stochastic depth")
+class RateGrows(Stack):
+    def make_block(self, index):
+        return self.Block(self.channels, self.kernel_sizes, self.p * (index + 1) / self.num_blocks)
+
+
+@wrong("dropout", "every call draws the same mask")
+class SameMaskEveryCall(Stack):
+    class Block(Block):
+        def drop(self, y):
+            if not self.training:
+                return y
+            generator = torch.Generator().manual_seed(self.channels)
+            mask = torch.rand((*y.shape[:2], 1), generator=generator).to(y.device) >= self.p
+            return y * mask.to(y.dtype) / max(1 - self.p, 1e-3)
+
+
+@wrong(
+    "dropout",
+    "a rate of exactly 1 drops nothing",
+    trigger=lambda case: case.dropout == 1 and case.mode == "train",
+)
+class OneDropsNothing(Stack):
+    class Block(Block):
+        def drop(self, y):
+            return y if self.p == 1 else super().drop(y)
+
+
+@wrong("dropout", "the first channel is never dropped")
+class FirstChannelKept(Stack):
+    class Block(Block):
+        def drop(self, y):
+            return torch.cat([y[:, :1], super().drop(y)[:, 1:]], dim=1)
+
+
+@wrong("dropout", "neighbouring channels are dropped in pairs")
+class DropsPairs(Stack):
+    class Block(Block):
+        def drop(self, y):
+            if not self.training:
+                return y
+            pairs = (y.shape[1] + 1) // 2
+            mask = keep(y, (y.shape[0], pairs, 1), self.p).repeat_interleave(2, dim=1)
+            return y * mask[:, : y.shape[1]]
+
+
+@wrong("dropout", "a bare block drops single elements")
+class BlockDropsElements(Block):
+    def make_dropout(self):
+        return nn.Dropout(self.p)

@@ -1,0 +1,246 @@
+"""Right values with wrong derivatives."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+from .base import Block, Stack, affine, update_statistics
+from .registry import wrong
+
+
+class ScaledGradient(Function):
+    """The identity, with its gradient multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+class ClippedGradient(Function):
+    """The identity, with its gradient clipped to [-1, 1]."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-1, 1)
+
+
+class ReluPassingAbove(Function):
+    """ReLU whose derivative is 1 on `lower` < x < `upper` and 0 elsewhere."""
+
+    @staticmethod
+    def forward(ctx, x, lower, upper):
+        ctx.save_for_backward(x)
+        ctx.bounds = lower, upper
+        return torch.relu(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        lower, upper = ctx.bounds
+        return grad * ((x > lower) & (x < upper)), None, None
+
+
+class ReluFromGradientSign(Function):
+    """ReLU with the guided backward pass, which also cuts negative gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.relu(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return grad.clamp(min=0) * (y > 0)
+
+
+class UnmaskedDropout(Function):
+    """Multiplication by a mask that the backward pass forgets."""
+
+    @staticmethod
+    def forward(ctx, x, mask):
+        return x * mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@wrong("gradients", "the residual is detached")
+class DetachedResidual(Stack):
+    class Block(Block):
+        def add(self, y, x):
+            return y + x.detach()
+
+
+@wrong("gradients", "the branches see a detached input")
+class DetachedBranches(Stack):
+    class Block(Block):
+        def run_branches(self, x):
+            return super().run_branches(x.detach())
+
+
+@wrong("gradients", "the first branch runs without gradients")
+class FirstBranchFrozen(Stack):
+    class Block(Block):
+        def run_branches(self, x):
+            first, *others = self.branches
+            with torch.no_grad():
+                y = self.run_branch(first, x)
+            return [y, *(self.run_branch(branch, x) for branch in others)]
+
+
+@wrong("gradients", "the gradient of the residual function is halved")
+class HalvedGradient(Stack):
+    class Block(Block):
+        def fuse(self, y):
+            return ScaledGradient.apply(super().fuse(y), 0.5)
+
+
+@wrong("gradients", "gradients are divided by the batch size")
+class GradientByBatch(Stack):
+    def forward(self, x):
+        return ScaledGradient.apply(super().forward(x), 1 / max(1, x.shape[0]))
+
+
+@wrong("gradients", "gradients are clipped to [-1, 1] on their way through each block")
+class ClippedGradients(Stack):
+    class Block(Block):
+        def activate(self, y):
+            return ClippedGradient.apply(super().activate(y))
+
+
+@wrong("gradients", "the final ReLU passes every gradient")
+class StraightThrough(Stack):
+    class Block(Block):
+        def activate(self, y):
+            return ReluPassingAbove.apply(y, -torch.inf, torch.inf)
+
+
+@wrong("gradients", "the derivative of the ReLU in the branches is zero above 6")
+class DeadAboveSix(Stack):
+    class Block(Block):
+        def rectify(self, x):
+            return ReluPassingAbove.apply(x, 0, 6)
+
+
+@wrong("gradients", "the ReLU cuts negative gradients too")
+class GuidedRelu(Stack):
+    class Block(Block):
+        def activate(self, y):
+            return ReluFromGradientSign.apply(y)
+
+
+@wrong("gradients", "the fusion weights are frozen")
+class FrozenFusion(Stack):
+    class Block(Block):
+        def make_fusion(self):
+            fusion = super().make_fusion()
+            fusion[0].weight.requires_grad_(False)
+            return fusion
+
+
+@wrong("gradients", "the weights of the branches enter as data, so they never learn")
+class WeightsAsData(Stack):
+    class Block(Block):
+        def convolve(self, conv, x):
+            return F.conv1d(x, conv.weight.data, conv.bias, padding=conv.padding)
+
+
+@wrong("gradients", "weight gradients come out doubled, input gradients right")
+class DoubledWeightGradient(Stack):
+    class Block(Block):
+        def convolve(self, conv, x):
+            weight = ScaledGradient.apply(conv.weight, 2.0)
+            return F.conv1d(x, weight, conv.bias, padding=conv.padding)
+
+
+@wrong("gradients", "batch statistics count as constants in training")
+class DetachedStatistics(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if not norm.training:
+                return norm(x)
+            var, mean = torch.var_mean(x.detach(), (0, 2), unbiased=False)
+            count = x.shape[0] * x.shape[2]
+            update_statistics(norm, mean, var * count / (count - 1))
+            return affine(norm, x, mean, torch.sqrt(var + norm.eps))
+
+
+@wrong(
+    "gradients",
+    "the gradient stops after the last four blocks",
+    trigger=lambda case: case.num_blocks > 4,
+)
+class TruncatedDepth(Stack):
+    def forward(self, x):
+        for index, block in enumerate(self.blocks):
+            x = block(x.detach() if index and index == self.num_blocks - 4 else x)
+        return x
+
+
+@wrong(
+    "gradients",
+    "steps more than 256 from the end get no gradient",
+    trigger=lambda case: case.length > 256,
+)
+class TruncatedTime(Stack):
+    def forward(self, x):
+        if x.dim() == 3:
+            x = torch.cat([x[..., :-256].detach(), x[..., -256:]], dim=2)
+        return super().forward(x)
+
+
+@wrong("gradients", "a checkpoint recomputes the block with another dropout mask")
+class CheckpointNewMask(Stack):
+    class Block(Block):
+        def fuse(self, y):
+            if not self.training:
+                return super().fuse(y)
+            y = self.normalise(self.fusion[1], self.convolve(self.fusion[0], y))
+            return checkpoint(self.drop, y, use_reentrant=False, preserve_rng_state=False)
+
+
+@wrong("gradients", "the gradient of dropout forgets the mask")
+class UnmaskedGradient(Stack):
+    class Block(Block):
+        def drop(self, y):
+            if not self.training:
+                return y
+            return UnmaskedDropout.apply(y, super().drop(torch.ones_like(y[..., :1])))
+
+
+@wrong("gradients", "float16 gradients stay multiplied by the loss scale")
+class LossScaleLeft(Stack):
+    def forward(self, x):
+        y = super().forward(x)
+        return ScaledGradient.apply(y, 16.0) if x.dtype is torch.float16 else y
+
+
+@wrong("gradients", "the first and the last step pass no gradient to the branches")
+class EdgeGradientMissing(Stack):
+    class Block(Block):
+        def fuse(self, y):
+            y = super().fuse(y)
+            if y.shape[2] < 3:
+                return y
+            return torch.cat([y[..., :1].detach(), y[..., 1:-1], y[..., -1:].detach()], dim=2)
+
+
+@wrong("gradients", "a bare block detaches its residual")
+class BlockDetachedResidual(Block):
+    def add(self, y, x):
+        return y + x.detach()

@@ -1,0 +1,230 @@
+"""Training, evaluation and the running statistics."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .base import Block, Stack, affine, batch_norm
+from .registry import wrong
+
+
+def functional(norm, x, **changes):
+    """`F.batch_norm` on the module's tensors, with the count left alone."""
+    arguments = dict(
+        running_mean=norm.running_mean,
+        running_var=norm.running_var,
+        weight=norm.weight,
+        bias=norm.bias,
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
+    )
+    return F.batch_norm(x, **(arguments | changes))
+
+
+@wrong("modes", "momentum is taken for the share of the old statistics")
+class MomentumReversed(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            return batch_norm(norm, x, momentum=1 - norm.momentum)
+
+
+@wrong("modes", "the running statistics are a plain average over all batches")
+class CumulativeAverage(Stack):
+    class Block(Block):
+        def make_norm(self, width):
+            return nn.BatchNorm1d(width, momentum=None)
+
+
+@wrong("modes", "training normalises by the unbiased variance")
+class UnbiasedNormalisation(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            return batch_norm(norm, x, unbiased=True)
+
+
+@wrong("modes", "the running variance collects the biased variance")
+class BiasedRunningVariance(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if not norm.training:
+                return norm(x)
+            before, count = norm.running_var.clone(), x.shape[0] * x.shape[2]
+            y = norm(x)
+            with torch.no_grad():
+                step = norm.running_var - before * (1 - norm.momentum)
+                norm.running_var.sub_(step / count)
+            return y
+
+
+@wrong("modes", "eval mode goes on updating the running statistics")
+class EvalUpdates(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            y = norm(x)
+            if not norm.training and x.shape[0] * x.shape[2] > 1:
+                functional(norm, x.detach(), training=True)
+            return y
+
+
+@wrong("modes", "eval mode normalises by the batch")
+class EvalUsesBatch(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if norm.training or x.shape[0] * x.shape[2] < 2:
+                return norm(x)
+            return functional(norm, x, training=True, running_mean=None, running_var=None)
+
+
+@wrong("modes", "no running statistics are kept")
+class NoRunningStatistics(Stack):
+    class Block(Block):
+        def make_norm(self, width):
+            return nn.BatchNorm1d(width, track_running_stats=False)
+
+
+@wrong("modes", "training normalises by the running statistics")
+class TrainUsesRunning(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if norm.training:
+                functional(norm, x.detach())
+                norm.num_batches_tracked += 1
+            return functional(norm, x, training=False)
+
+
+@wrong("modes", "every other step leaves the running statistics alone")
+class UpdatesEveryOtherStep(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if not norm.training or norm.num_batches_tracked % 2 == 0:
+                return norm(x)
+            norm.num_batches_tracked += 1
+            return functional(norm, x, running_mean=None, running_var=None)
+
+
+@wrong("modes", "the running statistics freeze after ten steps")
+class FreezesAfterTen(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if not norm.training or norm.num_batches_tracked < 10:
+                return norm(x)
+            return functional(norm, x, running_mean=None, running_var=None)
+
+
+@wrong("modes", "the number of batches is not counted")
+class NotCounted(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            return functional(norm, x)
+
+
+@wrong("modes", "a checkpoint around the fusion updates its statistics twice")
+class CheckpointUpdatesTwice(Stack):
+    class Block(Block):
+        def fuse(self, y):
+            if not self.training:
+                return super().fuse(y)
+            return checkpoint(super().fuse, y, use_reentrant=False)
+
+
+@wrong("modes", "the folded weights of the first eval call are kept")
+class KeepsFoldedWeights(Stack):
+    class Block(Block):
+        def build(self):
+            super().build()
+            self.folded = {}
+
+        def run_branches(self, x):
+            if self.training or torch.is_grad_enabled():
+                return super().run_branches(x)
+            return [self.run_folded(i, branch, x) for i, branch in enumerate(self.branches)]
+
+        def run_folded(self, index, branch, x):
+            conv, norm, _ = branch
+            key = index, x.dtype
+            if key not in self.folded:
+                scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+                bias = (conv.bias - norm.running_mean) * scale + norm.bias
+                self.folded[key] = conv.weight * scale[:, None, None], bias
+            return torch.relu(F.conv1d(x, *self.folded[key], padding=conv.padding))
+
+
+@wrong("modes", "the length of the first input is required of all later ones")
+class RemembersFirstLength(Stack):
+    length = None
+
+    def forward(self, x):
+        self.length = self.length or x.shape[-1]
+        if x.shape[-1] != self.length:
+            raise ValueError(f"expected length {self.length}, got {x.shape[-1]}")
+        return super().forward(x)
+
+
+@wrong("modes", "eval results are kept by shape")
+class KeepsResults(Stack):
+    def forward(self, x):
+        if self.training or torch.is_grad_enabled():
+            return super().forward(x)
+        if not hasattr(self, "results"):
+            self.results = {}
+        key = x.shape, x.dtype, x.device
+        if key not in self.results:
+            self.results[key] = super().forward(x)
+        return self.results[key].clone()
+
+
+@wrong("modes", "eval() does not reach the blocks")
+class ModeNotPassedOn(Stack):
+    def train(self, mode=True):
+        self.training = mode
+        return self
+
+
+@wrong("modes", "a pass without gradients leaves the model in eval mode")
+class NoGradMeansEval(Stack):
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            self.eval()
+        return super().forward(x)
+
+
+@wrong("modes", "a training batch of one uses the running statistics")
+class SingleSampleUsesRunning(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if norm.training and x.shape[0] == 1:
+                return functional(norm, x, training=False)
+            return norm(x)
+
+
+@wrong("modes", "a fast path for inference forgets the shift of the BatchNorm")
+class FastPathWithoutShift(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if norm.training or torch.is_grad_enabled():
+                return norm(x)
+            return functional(norm, x, bias=torch.zeros_like(norm.bias))
+
+
+@wrong("modes", "the fusion's BatchNorm stays in eval mode")
+class FusionNormFrozen(Stack):
+    class Block(Block):
+        def train(self, mode=True):
+            super().train(mode)
+            self.fusion[1].eval()
+            return self
+
+
+@wrong("modes", "the statistics of the batch are those of its first sample")
+class FirstSampleStatistics(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if not norm.training or x.shape[2] == 1:
+                return norm(x)
+            norm(x.detach())
+            var, mean = torch.var_mean(x[:1], (0, 2), unbiased=False)
+            return affine(norm, x, mean, torch.sqrt(var + norm.eps))
