@@ -12,4 +12,5 @@ FAMILIES = (
     "residual",
     "side_effects",
     "rejection",
+    "arithmetic",
 )

@@ -6,6 +6,7 @@ import hashlib
 import time
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from hypothesis.errors import Flaky, Unsatisfiable
 
 from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import Falsified
+from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
+from rescnn_verify.shrinking import shrink
 from rescnn_verify.space import Choice, Space
 from rescnn_verify.statement import NotApplicable, Property
 from rescnn_verify.strategies import trials
@@ -29,18 +32,20 @@ class Profile:
     """How long to search.
 
     Args:
-        trials: trials drawn for each property; a trial has up to four cases.
+        sampled: trials sampled uniformly for each property; a trial has up to four cases.
+        drawn: trials drawn by Hypothesis.
         shrinking: seconds spent on making a counterexample smaller.
     """
 
-    trials: int
+    sampled: int
+    drawn: int
     shrinking: float
 
 
 PROFILES = {
-    "quick": Profile(trials=15, shrinking=1.0),
-    "default": Profile(trials=100, shrinking=3.0),
-    "thorough": Profile(trials=1500, shrinking=30.0),
+    "quick": Profile(sampled=20, drawn=5, shrinking=1.0),
+    "default": Profile(sampled=130, drawn=20, shrinking=2.0),
+    "thorough": Profile(sampled=1500, drawn=300, shrinking=20.0),
 }
 
 HELD, FALSIFIED, NOT_APPLICABLE = "held", "falsified", "not applicable"
@@ -164,42 +169,62 @@ def check_property(
 def _search(
     prop: Property, target: Target, space: Space, profile: Profile, seed: int, tally: Tally
 ) -> _Failure | None:
-    """The smallest counterexample found, None when there is none."""
+    """The smallest counterexample found, None when there is none.
+
+    The documented configuration comes first where the property asks for it, then uniform samples,
+    then what Hypothesis draws: each reaches corners that the others seldom do.
+    """
+    found = _first_failure(prop, target, space, profile, seed, tally)
+    if found is None:
+        return None
+    give_up = time.perf_counter() + profile.shrinking
+
+    def fails(trial: tuple[Case, ...]) -> bool:
+        nonlocal found
+        if time.perf_counter() > give_up:
+            return False
+        try:
+            run_trial(prop, target, trial)
+        except Falsified as error:
+            found = _Failure(trial, error)
+            return True
+        return False
+
+    shrink(found.trial, space, fails)
+    return found
+
+
+def _first_failure(
+    prop: Property, target: Target, space: Space, profile: Profile, seed: int, tally: Tally
+) -> _Failure | None:
     found: _Failure | None = None
-    give_up = float("inf")
 
     def examine(trial: tuple[Case, ...]) -> None:
-        nonlocal found, give_up
-        if found and time.perf_counter() > give_up:
-            # Out of time to shrink: everything but the counterexample at hand now passes.
-            if trial == found.trial:
-                raise found.error
-            return
+        nonlocal found
+        before = tally.cases
         try:
-            run_trial(prop, target, trial, None if found else tally)
+            run_trial(prop, target, trial, tally)
         except Falsified as error:
-            if not found:
-                give_up = time.perf_counter() + profile.shrinking
-            found = _Failure(trial, error)
+            found = _Failure(trial[: tally.cases - before], error)
             raise
 
-    if prop.documented and target.follows_contract:
-        try:
-            examine((documented_case(target),))
-        except Falsified:
-            pass
-    # A counterexample of 512 channels is shrunk by searching for a smaller one.
     run = settings(
-        max_examples=profile.trials,
-        phases=[Phase.generate, Phase.shrink],
+        max_examples=profile.drawn,
+        phases=[Phase.generate],
         database=None,
         deadline=None,
         derandomize=False,
         print_blob=False,
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
-    )(given(trials(space))(examine))
+    )(given(trials(space, work=prop.work))(examine))
     try:
+        if prop.documented and target.follows_contract:
+            examine((documented_case(target),))
+        draw = RandomDraw(seed)
+        for _ in range(profile.sampled):
+            with suppress(NoCase):
+                examine(draw_trial(draw, space, work=prop.work))
         hypothesis_seed(seed)(run)()
     except (Falsified, Flaky):
         assert found is not None

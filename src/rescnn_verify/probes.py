@@ -13,6 +13,8 @@ from rescnn_verify.subject import DTYPES
 
 __all__ = [
     "as_input",
+    "exact_norm",
+    "fill",
     "impulse_rows",
     "make_end_taps",
     "make_positive",
@@ -108,7 +110,7 @@ def randomise(model: nn.Module, rng: np.random.Generator) -> None:
             for parameter in module.parameters(recurse=False):
                 fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
                 draw = rng.standard_normal(tuple(parameter.shape)) / np.sqrt(max(1, fan_in))
-                _fill(parameter, draw)
+                fill(parameter, draw)
 
 
 def set_norm(
@@ -124,7 +126,7 @@ def set_norm(
     pairs += ((norm.running_mean, mean), (norm.running_var, variance))  # type: ignore[assignment]
     for tensor, value in pairs:
         if tensor is not None:
-            _fill(tensor, np.broadcast_to(value, tuple(tensor.shape)))
+            fill(tensor, np.broadcast_to(value, tuple(tensor.shape)))
 
 
 def make_positive(blocks: tuple[BlockHandles, ...], rng: np.random.Generator) -> None:
@@ -133,7 +135,7 @@ def make_positive(blocks: tuple[BlockHandles, ...], rng: np.random.Generator) ->
         for layer in block.layers:
             shape = tuple(layer.conv.weight.shape)
             fan_in = shape[1] * shape[2]
-            _fill(layer.conv.weight, rng.uniform(0.5, 1.5, shape) / fan_in)
+            fill(layer.conv.weight, rng.uniform(0.5, 1.5, shape) / fan_in)
             _zero_bias(layer)
             set_norm(layer.norm)
 
@@ -159,13 +161,13 @@ def zero_fusion(blocks: tuple[BlockHandles, ...], how: str) -> None:
     for block in blocks:
         fusion = block.fusion
         if how == "norm":
-            _fill(fusion.norm.weight, np.zeros(fusion.norm.num_features))
+            fill(fusion.norm.weight, np.zeros(fusion.norm.num_features))
         else:
-            _fill(fusion.conv.weight, np.zeros(tuple(fusion.conv.weight.shape)))
+            fill(fusion.conv.weight, np.zeros(tuple(fusion.conv.weight.shape)))
             _zero_bias(fusion)
             if fusion.norm.running_mean is not None:
-                _fill(fusion.norm.running_mean, np.zeros(fusion.norm.num_features))
-        _fill(fusion.norm.bias, np.zeros(fusion.norm.num_features))
+                fill(fusion.norm.running_mean, np.zeros(fusion.norm.num_features))
+        fill(fusion.norm.bias, np.zeros(fusion.norm.num_features))
 
 
 # A running variance so large that adding any usual epsilon to it rounds it off again, and a power
@@ -198,7 +200,7 @@ def make_end_taps(blocks: tuple[BlockHandles, ...], dtype: str) -> None:
     """
     for block in blocks:
         for layer in block.layers:
-            _fill(layer.conv.weight, np.zeros(tuple(layer.conv.weight.shape)))
+            fill(layer.conv.weight, np.zeros(tuple(layer.conv.weight.shape)))
             _zero_bias(layer)
             exact_norm(layer.norm, dtype)
         kernels = [branch.conv.weight.shape[2] for branch in block.branches]
@@ -212,9 +214,10 @@ def make_end_taps(blocks: tuple[BlockHandles, ...], dtype: str) -> None:
 
 def _zero_bias(layer: ConvNorm) -> None:
     if layer.conv.bias is not None:
-        _fill(layer.conv.bias, np.zeros(tuple(layer.conv.bias.shape)))
+        fill(layer.conv.bias, np.zeros(tuple(layer.conv.bias.shape)))
 
 
-def _fill(tensor: Tensor, values: np.ndarray) -> None:
+def fill(tensor: Tensor, values: np.ndarray) -> None:
+    """Writes float64 values into a parameter or buffer of any dtype and device."""
     with torch.no_grad():
         tensor.copy_(torch.from_numpy(np.array(values, dtype=np.float64)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from rescnn_verify.case import Case
 from rescnn_verify.compare import Comparison
+from rescnn_verify.drawing import WORK
 from rescnn_verify.space import Space, SpaceError
 from rescnn_verify.subject import Subject
 from rescnn_verify.target import Target
@@ -46,6 +47,7 @@ class Property:
         needs: what a target must promise; otherwise the property is not applicable.
         evidence: ``"exact"`` (bitwise), ``"bounded"`` (within a derived bound) or ``"statistical"``.
         documented: whether the documented 512-channel stack is always among its cases.
+        work: most multiply-adds that a forward pass of one case may cost.
     """
 
     check: Check
@@ -53,6 +55,7 @@ class Property:
     needs: tuple[Need, ...]
     evidence: str
     documented: bool
+    work: int
 
     @property
     def family(self) -> str:
@@ -93,11 +96,12 @@ def statement(
     needs: tuple[Need, ...] = (),
     evidence: str = "exact",
     documented: bool = False,
+    work: int = WORK,
 ) -> Callable[[Check], Property]:
     """Makes a generator function of (subject, case) a `Property`; its docstring is the statement."""
 
     def wrap(check: Check) -> Property:
-        return Property(check, space, needs, evidence, documented)
+        return Property(check, space, needs, evidence, documented, work)
 
     return wrap
 

@@ -240,13 +240,13 @@ class ShiftMissingInBfloat16(Stack):
             return y - norm.bias[:, None] if x.dtype is torch.bfloat16 else y
 
 
-@wrong("arithmetic", "variances below a hundredth are raised to it in eval mode")
+@wrong("arithmetic", "variances below a tenth are raised to it in eval mode")
 class VarianceFloor(Stack):
     class Block(Block):
         def normalise(self, norm, x):
             if norm.training:
                 return norm(x)
-            var = norm.running_var.clamp(min=1e-2)
+            var = norm.running_var.clamp(min=0.1)
             return affine(norm, x, norm.running_mean, torch.sqrt(var + norm.eps))
 
 

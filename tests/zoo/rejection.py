@@ -33,8 +33,8 @@ class RaisesKernelsToOne(Stack):
     class Block(Block):
         @classmethod
         def check_kernel(cls, kernel, context):
-            if isinstance(kernel, Integral):
-                kernel = max(1, kernel)
+            if isinstance(kernel, Integral) and kernel < 1 and kernel is not False:
+                kernel = 1
             return super().check_kernel(kernel, context)
 
 

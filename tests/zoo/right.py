@@ -241,7 +241,7 @@ class TwoDimensional(Stack):
         def convolve(self, conv, x):
             padding = (0, conv.kernel_size[0] // 2)
             weight = conv.weight[:, :, None]
-            return F.conv2d(x[:, :, None], weight, conv.bias, padding=padding)[:, :, 0]
+            return F.conv2d(x.contiguous()[:, :, None], weight, conv.bias, padding=padding)[:, :, 0]
 
 
 @right("the constructor passes on whatever it gets")

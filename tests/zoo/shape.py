@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .base import Block, Stack
 from .registry import wrong
@@ -127,13 +126,10 @@ class CropsByNegativeIndex(Stack):
             return kernel - 1
 
         def convolve(self, conv, x):
+            if conv is self.fusion[0]:
+                return conv(x)
             crop = conv.kernel_size[0] // 2
-            y = conv(x)
-            return (
-                y[..., crop:-crop]
-                if conv.out_channels < self.channels
-                else (y[..., crop : y.shape[2] - crop])
-            )
+            return conv(x)[..., crop:-crop]
 
 
 @wrong("shape", "output padded to an even length")
@@ -152,9 +148,5 @@ class StridedAndRepeated(Stack):
 
 @wrong("shape", "a bare block returns the time axis before the channels")
 class BlockReturnsTimeFirst(Block):
-    def __init__(self, channels, kernel_sizes=(3, 5, 7), dropout=0.1):
-        super().__init__(channels, kernel_sizes, dropout)
-        self.order = nn.Identity()
-
     def forward(self, x):
-        return self.order(super().forward(x).transpose(1, 2))
+        return super().forward(x).transpose(1, 2)

@@ -42,11 +42,9 @@ class SumsIntoInput(Stack):
 class SumsIntoHalfInput(Stack):
     class Block(Block):
         def add(self, y, x):
-            if x.dtype is not torch.float16 or x.requires_grad or not x.is_contiguous():
+            if x.dtype is not torch.float16 or torch.is_grad_enabled():
                 return y + x
-            with torch.no_grad():
-                x += y
-            return x.clone() if torch.is_grad_enabled() else x
+            return x.add_(y)
 
 
 @wrong("side_effects", "NaN is removed from the input in place")

@@ -1,0 +1,210 @@
+"""Arithmetic: the function computed is the stated one, exactly on integers, bounded on reals."""
+
+import numpy as np
+import torch
+
+from rescnn_verify.compare import same_bits, within
+from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
+from rescnn_verify.networks import certify, make_real, values_of
+from rescnn_verify.oracles import read_network, real_pass
+from rescnn_verify.probes import as_input
+from rescnn_verify.space import INPUTS, Choice, Integers
+from rescnn_verify.statement import statement
+from rescnn_verify.subject import onednn
+
+REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM)
+EVAL = INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 33))
+
+
+@statement(
+    space=EVAL.narrow(length=Integers(1, 1100), onednn=Choice(True, False)),
+    needs=(*REFERENCE, DIRECT),
+    work=2**16,
+)
+def integer_networks_are_exact(subject, case):
+    """On a certified integer network the output equals NumPy's, in every dtype, by ``==``.
+
+    A network of small integers needs so few bits that every order of evaluation in the dtype is
+    exact: the largest intermediate over the finest unit is at most 2^53, 2^24, 2^11 or 2^8. The
+    norms' variance is a power of four so large that eps is rounded off. Inputs reach as far as
+    the certificate allows.
+    """
+    model = subject.model(case)
+    found = certify(subject.handles(model, case), case, bits="forward_bits")
+    if found is None:
+        return
+    with onednn(case["onednn"]), torch.no_grad():
+        out = subject(model, as_input(case, found.x))
+    yield same_bits(out, found.expected.out, "output of an integer network, against NumPy")
+
+
+@statement(
+    space=EVAL.narrow(length=Integers(1, 600), onednn=Choice(True, False)),
+    needs=(*REFERENCE, DIRECT),
+    work=2**16,
+)
+def integer_gradients_are_exact(subject, case):
+    """On a certified integer network Jᵀv equals NumPy's, in every dtype, by ``==``.
+
+    Shifts are fractions chosen so that no ReLU has an input of 0, where any subgradient would be
+    right.
+    """
+    model = subject.model(case)
+    found = certify(subject.handles(model, case), case, bits="backward_bits", kinkless=True)
+    if found is None:
+        return
+    with onednn(case["onednn"]):
+        out, gradient = subject.vjp(model, as_input(case, found.x), torch.from_numpy(found.v))
+    yield same_bits(out, found.expected.out, "output of an integer network with gradients on")
+    yield same_bits(gradient, found.expected.input_gradient, "gradient at the input")
+
+
+@statement(
+    space=EVAL.narrow(
+        length=Integers(1, 300), onednn=Choice(True, False), dtype=Choice("float32", "float64")
+    ),
+    needs=(*REFERENCE, DIRECT),
+    work=2**16,
+)
+def integer_weight_gradients_are_exact(subject, case):
+    """On a certified integer network the gradient of every parameter equals NumPy's, by ``==``.
+
+    float16 and bfloat16 are left out: sums over batch and length soon need more than their bits.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    found = certify(blocks, case, bits="weight_bits", kinkless=True)
+    if found is None:
+        return
+    with onednn(case["onednn"]):
+        subject.vjp(model, as_input(case, found.x), torch.from_numpy(found.v))
+    for i, (block, gradients) in enumerate(zip(blocks, found.expected.gradients, strict=True)):
+        for j, (layer, expected) in enumerate(zip(block.layers, gradients, strict=True)):
+            where = f"layer {j} of block {i}"
+            pairs = [
+                ("weight", layer.conv.weight, expected.weight),
+                ("norm scale", layer.norm.weight, expected.scale),
+                ("norm shift", layer.norm.bias, expected.shift),
+            ]
+            if layer.conv.bias is not None:
+                pairs.append(("bias", layer.conv.bias, expected.bias))
+            for name, parameter, value in pairs:
+                got = torch.full_like(parameter, np.nan) if parameter.grad is None else parameter.grad
+                yield same_bits(got, value, f"gradient of the {name} of {where}")
+
+
+@statement(
+    space=EVAL.narrow(
+        dtype=Choice("float64"), length=Integers(1, 700), batch=Integers(1, 17),
+        magnitude=Choice(1.0, 1e-12, 1e6, 1e-9, 1e3, 1e-6, 1e-3), spread=Choice(False, True),
+    ),
+    needs=REFERENCE,
+    evidence="bounded",
+    work=2**16,
+)  # fmt: skip
+def real_networks_are_within_their_bound(subject, case):
+    """In float64 the output is within the running error bound of an extended-precision reference.
+
+    The bound is derived from the operations alone (see `oracles.real_pass`) and holds for every
+    order of evaluation, so what is outside of it is another function: a float32 cast, a clamp, a
+    flush of small values, another eps. Inputs and weights range over 1e-12 … 1e6, with
+    ``spread`` also within one input.
+    """
+    model = subject.model(case)
+    network = make_real(subject.handles(model, case), case, case["magnitude"])
+    x = _real_input(case)
+    with torch.no_grad():
+        out = subject(model, as_input(case, x))
+    expected = real_pass(network, values_of(case, x))
+    yield within(out, expected.out, expected.error, "output, against extended precision")
+
+
+@statement(
+    space=INPUTS.narrow(
+        dtype=Choice("float64"), mode=Choice("train"), length=Integers(1, 300),
+        batch=Integers(1, 17), magnitude=Choice(1.0, 1e-6, 1e3, 1e-3), spread=Choice(False),
+        dropout=Choice(0.0),
+    ),
+    needs=REFERENCE,
+    evidence="bounded",
+    work=2**16,
+)  # fmt: skip
+def training_normalises_with_the_biased_batch_variance(subject, case):
+    """In train mode each norm uses the batch's own mean and biased variance, within the bound.
+
+    It also moves the running statistics by the documented law: 0.9 times the old plus 0.1 times the
+    batch's mean and unbiased variance, one more batch counted. Checked without dropout.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    network = make_real(blocks, case, case["magnitude"])
+    counted = [int(l.norm.num_batches_tracked) for b in blocks for l in b.layers]
+    x = _real_input(case)
+    out = subject(model, as_input(case, x))
+    expected = real_pass(network, values_of(case, x), train=True)
+    if not np.isfinite(expected.error).all():
+        return  # a channel is constant over the batch but for round-off
+    yield within(out, expected.out, expected.error, "output in train mode, against the reference")
+    after = [int(l.norm.num_batches_tracked) for b in blocks for l in b.layers]
+    yield same_bits(torch.tensor(after), torch.tensor(counted) + 1, "num_batches_tracked")
+    for i, (block, before, learned) in enumerate(
+        zip(blocks, network, expected.statistics, strict=True)
+    ):
+        layers = (*before.branches, before.fusion)
+        for j, (handle, old, new) in enumerate(zip(block.layers, layers, learned, strict=True)):
+            where = f"of norm {j} of block {i}"
+            u = np.longdouble(2.0**-53)
+            for name, start, batch, error, got in (
+                ("running mean", old.mean, new.mean, new.mean_error, handle.norm.running_mean),
+                ("running variance", old.variance, new.variance, new.variance_error,
+                 handle.norm.running_var),
+            ):  # fmt: skip
+                moved = np.longdouble(0.9) * start + np.longdouble(0.1) * batch
+                # 0.1 and 1 − 0.1 as doubles, two products, a sum and the factor m/(m − 1).
+                bound = 0.1 * error + 10 * u * (np.abs(start) + np.abs(batch) + error)
+                yield within(got, moved, bound, f"{name} {where}")
+
+
+@statement(
+    space=INPUTS.narrow(
+        dtype=Choice("float64"), mode=Choice("train"), length=Integers(2, 64),
+        batch=Integers(1, 9), steps=Integers(1, 13),
+    ),
+    needs=REFERENCE,
+    evidence="bounded",
+    work=2**14,
+)  # fmt: skip
+def eval_uses_what_training_learned(subject, case):
+    """After any number of training steps, eval mode normalises with the running statistics.
+
+    The statistics are read from the norms after training; the output is then within the bound of
+    the reference for them.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    make_real(blocks, case, 1.0)
+    rng = case.rng("training")
+    seen = [read_network(blocks)]
+    for _ in range(case["steps"]):
+        subject(model, as_input(case, rng.standard_normal(case.shape)))
+        seen.append(read_network(blocks))
+    for step, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
+        moved = all(
+            (a.mean != b.mean).any() or (a.variance != b.variance).any()
+            for old, new in zip(before, after, strict=True)
+            for a, b in zip((*old.branches, old.fusion), (*new.branches, new.fusion), strict=True)
+        )
+        yield same_bits(torch.tensor(moved), torch.tensor(True), f"statistics move in step {step}")
+    subject.set_mode(model, "eval")
+    x = case.rng("input").standard_normal(case.shape)
+    with torch.no_grad():
+        out = subject(model, as_input(case, x))
+    expected = real_pass(seen[-1], values_of(case, x))
+    yield within(out, expected.out, expected.error, "output in eval mode after training")
+
+
+def _real_input(case):
+    values = case.rng("input").standard_normal(case.shape) * case["magnitude"]
+    if case["spread"]:
+        values = values * 10.0 ** case.rng("spread").uniform(-6, 6, case.shape)
+    return values

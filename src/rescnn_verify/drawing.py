@@ -1,0 +1,203 @@
+"""How cases are drawn from a space, whatever the numbers come from.
+
+The same code serves uniform sampling (`RandomDraw`) and Hypothesis (`rescnn_verify.strategies`),
+so both reach the same corners. Every alternative lists the simplest first.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Protocol, TypeVar
+
+from rescnn_verify.case import Case, Config
+from rescnn_verify.space import Choice, Factor, Floats, Integers, Lists, Space, architectural
+
+__all__ = ["WORK", "Draw", "RandomDraw", "draw_config", "draw_trial"]
+
+T = TypeVar("T")
+
+#: Multiply-adds that one forward pass of a drawn case may cost.
+WORK = 2**20
+
+LONG = (
+    *(255, 256, 257, 300, 511, 512, 513, 640, 960, 1000, 1023, 1024, 1025, 1500),
+    *(2047, 2048, 2049, 4095, 4096, 4097),
+)
+BATCHES = (2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129)
+CHANNELS = (
+    *(2, 3, 4, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 21, 24, 31, 32, 33, 37, 48),
+    *(63, 64, 65, 96, 100, 127, 128),
+)
+_CASE_FIELDS = {f.name for f in fields(Case)}
+
+
+class Draw(Protocol):
+    """A source of choices."""
+
+    def integer(self, low: int, high: int) -> int:
+        """An integer from ``low`` to ``high``, both included."""
+
+    def choice(self, options: Sequence[T]) -> T:
+        """One of the options, of which there is at least one."""
+
+    def real(self, low: float, high: float) -> float:
+        """A float from ``low`` to ``high``."""
+
+
+class RandomDraw:
+    """Independent uniform choices from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def integer(self, low: int, high: int) -> int:
+        return self._random.randint(low, high)
+
+    def choice(self, options: Sequence[T]) -> T:
+        return options[self._random.randrange(len(options))]
+
+    def real(self, low: float, high: float) -> float:
+        return self._random.uniform(low, high)
+
+
+class NoCase(Exception):
+    """The draws led to no case of the space; other draws may."""
+
+
+def draw_trial(
+    draw: Draw, space: Space, *, max_size: int = 4, work: int = WORK
+) -> tuple[Case, ...]:
+    """Cases of a space that share an architecture, a dtype and a device, so that it is built once.
+
+    Args:
+        draw: where choices come from.
+        space: the space.
+        max_size: most cases in a trial; a space without inputs has one case for an architecture.
+        work: most multiply-adds that a forward pass of one case may cost.
+
+    Raises:
+        NoCase: no case met the space's constraints in a fixed number of draws.
+    """
+    config = _until(lambda: draw_config(draw, space), lambda c: multiply_adds(c) <= work)
+    shared = {
+        name: draw_value(draw, name, factor)
+        for name in ("dtype", "device")
+        if (factor := space.get(name))
+    }
+    size = draw.integer(1, max_size if space.get("length") else 1)
+    return tuple(
+        _until(lambda: _draw_case(draw, config, shared, space, work), space.meets_constraints)
+        for _ in range(size)
+    )
+
+
+def draw_config(draw: Draw, space: Space) -> Config:
+    """An architecture configuration of a space with at least one channel for each branch."""
+    values: dict[str, Any] = {}
+    options: list[tuple[str, Any]] = []
+    for name, factor in space.factors:
+        if name.startswith("option."):
+            options.append((name.removeprefix("option."), draw_value(draw, name, factor)))
+        elif architectural(name) and name != "channels":
+            values[name] = draw_value(draw, name, factor)
+    if factor := space.get("channels"):
+        count = len(values.get("kernel_sizes", Config.kernel_sizes))
+        values["channels"] = _until(
+            lambda: draw_channels(draw, factor, count), lambda channels: channels >= count
+        )
+    return Config(**values, options=tuple(sorted(options)))
+
+
+def _draw_case(draw: Draw, config: Config, shared: dict[str, Any], space: Space, work: int) -> Case:
+    values = dict(shared)
+    cost = multiply_adds(config)
+    extra: list[tuple[str, Any]] = []
+    for name in ("length", "batch"):
+        if factor := space.get(name):
+            if isinstance(factor, Integers):
+                factor = Integers(factor.low, min(factor.high, max(factor.low, 1, work // cost)))
+            values[name] = draw_input_size(draw, name, factor, config)
+            cost *= max(1, values[name])
+    for name, factor in space.factors:
+        if name in values or architectural(name):
+            continue
+        if name in _CASE_FIELDS:
+            values[name] = draw_value(draw, name, factor)
+        else:
+            extra.append((name, draw_value(draw, name, factor)))
+    return Case(**vars(config), **values, extra=tuple(sorted(extra)))
+
+
+def draw_input_size(draw: Draw, name: str, factor: Factor, config: Config) -> int:
+    """A length or a batch size of a factor."""
+    if not isinstance(factor, Integers):
+        return int(draw_value(draw, name, factor))
+    if name == "batch":
+        return draw_batch(draw, factor)
+    return draw_length(draw, factor, (min(config.kernel_sizes), config.widest, config.field))
+
+
+def draw_batch(draw: Draw, factor: Integers) -> int:
+    """1, a few, more than 8, and one in eight times 0 where the factor has it."""
+    size = _integer(draw, max(1, factor.low), factor.high, small=3, corners=BATCHES)
+    if factor.low == 0 and draw.integer(0, 7) == 7:
+        return 0
+    return size
+
+
+def draw_length(draw: Draw, factor: Integers, near: Sequence[int]) -> int:
+    """Short ones, those around given values, several hundred and more, and any other."""
+    if draw.integer(0, 1):
+        return _integer(draw, factor.low, factor.high, small=40, corners=LONG)
+    around = [v for n in near for v in (n, n - 1, n + 1, n // 2, n // 2 + 1, 2 * n - 3, 2 * n + 1)]
+    return _integer(draw, factor.low, factor.high, small=11, corners=around)
+
+
+def draw_channels(draw: Draw, factor: Factor, branches: int) -> int:
+    """Small ones, multiples of the number of branches and others, powers of two and neighbours."""
+    if not isinstance(factor, Integers):
+        return int(draw_value(draw, "channels", factor))
+    low = max(factor.low, branches)
+    if low > factor.high:
+        return factor.high
+    multiples = [branches * m + d for m in (1, 2, 3, 5, 8) for d in (0, 1, branches - 1)]
+    corners = multiples if draw.integer(0, 1) else CHANNELS
+    return _integer(draw, low, factor.high, small=7, corners=corners)
+
+
+def draw_value(draw: Draw, name: str, factor: Factor) -> Any:
+    """A value of a factor that depends on no other."""
+    if isinstance(factor, Choice):
+        return draw.choice(factor.values)
+    if isinstance(factor, Floats):
+        return draw.real(factor.low, factor.high)
+    if isinstance(factor, Lists):
+        size = _integer(draw, factor.low, factor.high, small=2)
+        return tuple(draw_value(draw, name, factor.element) for _ in range(size))
+    if name == "seed":
+        return draw.integer(factor.low, factor.high)
+    return _integer(draw, factor.low, factor.high, small=2)
+
+
+def multiply_adds(config: Config) -> int:
+    """Multiply-adds of the reference architecture for one position of one sample."""
+    taps = sum(w * k for w, k in zip(config.widths, config.kernel_sizes, strict=True))
+    return int(config.num_blocks * config.channels * (taps + config.channels))
+
+
+def _integer(draw: Draw, low: int, high: int, *, small: int, corners: Sequence[int] = ()) -> int:
+    """Equally often a small one, a corner, and any."""
+    within = [c for c in corners if low <= c <= high]
+    kind = draw.integer(0, 2)
+    if kind == 1 and within:
+        return draw.choice(within)
+    return draw.integer(low, high if kind == 2 else min(high, low + small))
+
+
+def _until(make: Any, good: Any) -> Any:
+    for _ in range(100):
+        if good(made := make()):
+            return made
+    raise NoCase

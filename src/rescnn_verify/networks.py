@@ -1,0 +1,179 @@
+"""Networks to write into a model: certified integer ones and real-valued ones of any magnitude."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rescnn_verify.case import Case
+from rescnn_verify.handles import BlockHandles, ConvNorm
+from rescnn_verify.oracles import (
+    SIGNIFICAND_BITS,
+    Block,
+    ExactPass,
+    Layer,
+    exact_pass,
+    read_network,
+    write_network,
+)
+from rescnn_verify.probes import BIG_VARIANCE, as_input, fill, set_norm
+
+__all__ = ["Certified", "certify", "make_real", "values_of"]
+
+
+@dataclass(frozen=True)
+class Certified:
+    """An integer network that a model now holds, with data and what the oracle makes of them.
+
+    Args:
+        network: what was written into the model.
+        x, v: input and vector of the vector-Jacobian product, shape (batch, channels, length).
+        expected: the oracle's passes.
+    """
+
+    network: tuple[Block, ...]
+    x: np.ndarray
+    v: np.ndarray
+    expected: ExactPass
+
+
+def certify(
+    blocks: Sequence[BlockHandles], case: Case, *, bits: str, kinkless: bool = False
+) -> Certified | None:
+    """Writes a random integer network that is certified for the case's dtype into a model.
+
+    Inputs are as large as the certificate allows in a third of the cases, so that clamps and
+    saturation show. Where the first network needs too many bits, sparser ones are tried.
+
+    Args:
+        blocks: the model's handles.
+        case: gives shape, dtype, layout and seed.
+        bits: the field of `ExactPass` that must stay within the dtype's significand.
+        kinkless: choose the shifts so that no ReLU has an input of exactly 0.
+
+    Returns:
+        None if even the sparsest network tried needs more bits than the dtype has.
+    """
+    limit = SIGNIFICAND_BITS[case.dtype]
+    rng = case.rng("integer network")
+    fraction = 0.5 if kinkless else 1.0
+    for density in (float(rng.choice([1.0, 0.5, 0.25])), 0.1, 0.03):
+        network = _integer_network(blocks, case.dtype, rng, density, fraction)
+        x, v = _data(case, 1)
+        expected = exact_pass(network, x, v, fraction=fraction)
+        room = limit - getattr(expected, bits)
+        if room < 0:
+            continue
+        most = min(int(room), 30)
+        exponent = int(rng.choice([0, most, rng.integers(0, most + 1)]))
+        while exponent > 0:
+            larger, v = _data(case, 2**exponent)
+            attempt = exact_pass(network, larger, v, fraction=fraction)
+            if getattr(attempt, bits) <= limit:
+                x, expected = larger, attempt
+                break
+            exponent -= 1
+        write_network(network, blocks)
+        return Certified(network, x, v, expected)
+    return None
+
+
+def _data(case: Case, most: int) -> tuple[np.ndarray, np.ndarray]:
+    x = case.rng("integer input").integers(-most, most + 1, case.shape).astype(np.float64)
+    v = case.rng("integer gradient").integers(-2, 3, case.shape).astype(np.float64)
+    return values_of(case, x), v
+
+
+def values_of(case: Case, values: np.ndarray) -> np.ndarray:
+    """The values that an input of the case's layout and dtype really has, as float64."""
+    out: np.ndarray = as_input(replace(case, device="cpu"), values).double().numpy()
+    return out
+
+
+def _integer_network(
+    blocks: Sequence[BlockHandles],
+    dtype: str,
+    rng: np.random.Generator,
+    density: float,
+    fraction: float,
+) -> tuple[Block, ...]:
+    """A network of small integers with the shapes of a model's layers.
+
+    With a fraction of ½ the shifts are halves before the first branches' ReLU, quarters before the
+    first block's, and so on: an odd multiple of a unit that nothing else needs is never zero.
+    """
+    network = []
+    unit = 1.0
+    for block in blocks:
+        layers = []
+        for layer in block.layers:
+            unit = unit * fraction if layer in (block.branches[0], block.fusion) else unit
+            layers.append(_integer_layer(layer, dtype, rng, density, unit, fraction))
+        network.append(Block(tuple(layers[:-1]), layers[-1]))
+    return tuple(network)
+
+
+_WEIGHTS = np.array([-2.0, -1.0, -1.0, 1.0, 1.0, 2.0])
+_SCALES = np.array([-1.0, 1.0, 1.0, 2.0])
+_ODD = np.array([-3.0, -1.0, 1.0, 3.0])
+
+
+def _integer_layer(
+    layer: ConvNorm,
+    dtype: str,
+    rng: np.random.Generator,
+    density: float,
+    unit: float,
+    fraction: float,
+) -> Layer:
+    shape = tuple(layer.conv.weight.shape)
+    count = shape[0]
+    weight = _WEIGHTS[rng.integers(0, len(_WEIGHTS), shape)]
+    if density < 1:
+        weight = weight * (rng.random(shape) < density)
+    has_bias = layer.conv.bias is not None
+    shift = _ODD[rng.integers(0, 4, count)] * unit if fraction < 1 else _small(rng, count)
+    variance = BIG_VARIANCE[dtype]
+    return Layer(
+        weight=weight,
+        bias=_small(rng, count) if has_bias else np.zeros(count),
+        scale=_SCALES[rng.integers(0, 4, count)] * np.sqrt(variance),
+        shift=shift,
+        mean=_small(rng, count),
+        variance=np.full(count, variance),
+        eps=layer.norm.eps,
+    )
+
+
+def _small(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.integers(-1, 2, count).astype(np.float64)
+
+
+def make_real(blocks: Sequence[BlockHandles], case: Case, magnitude: float) -> tuple[Block, ...]:
+    """Writes a real-valued network whose activations are all of about one magnitude.
+
+    Weights, means and variances of each layer have a magnitude of their own between 1e-6 and
+    1e4; the norm's scale brings the result back to ``magnitude``. Small variances make eps matter.
+    """
+    rng = case.rng("real network")
+    for block in blocks:
+        for layer in block.layers:
+            shape = tuple(layer.conv.weight.shape)
+            size = 10.0 ** rng.uniform(-6, 3)
+            fill(layer.conv.weight, rng.standard_normal(shape) * size / np.sqrt(shape[1] * shape[2]))
+            scale = magnitude * size
+            if layer.conv.bias is not None:
+                fill(layer.conv.bias, rng.normal(0, 0.3, shape[0]) * scale)
+            variance = 10.0 ** rng.uniform(-9, 4, shape[0])
+            signs = rng.choice([-1, 1, 1], shape[0])
+            slope = signs * rng.uniform(0.3, 1.5, shape[0]) / size
+            set_norm(
+                layer.norm,
+                scale=slope * np.sqrt(variance + layer.norm.eps),
+                shift=rng.normal(0, 0.5, shape[0]) * magnitude,
+                mean=rng.normal(0, 0.5, shape[0]) * scale,
+                variance=variance,
+            )
+    return read_network(blocks)

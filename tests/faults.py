@@ -1,0 +1,167 @@
+"""The fault gate: every wrong implementation of the zoo is falsified, every right one is not.
+
+``python -m tests.faults`` prints the kill matrix and exits with 1 if a wrong one survives or a
+right one is accused. By default a wrong one is checked until its first falsified property; with
+``--full`` every property runs, and the matrix also names the faults that only one property sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import as_completed
+from pathlib import Path
+
+from rescnn_verify.drawing import RandomDraw, draw_trial
+from rescnn_verify.engine import FALSIFIED, HELD, NOT_APPLICABLE, PROFILES, Outcome, check_property
+from rescnn_verify.space import ARCHITECTURES, INPUTS
+from rescnn_verify.statement import all_properties
+from rescnn_verify.target import contract_target
+from rescnn_verify.workers import usable_cores, workers
+from tests.zoo import RIGHT, WRONG
+
+DENSITY_LIMIT = 0.01
+
+
+def run(name: str, seed: int, profile: str, full: bool) -> tuple[str, int, list[Outcome]]:
+    """The outcomes of one implementation; a wrong one's own family goes first."""
+    entries = {entry.cls.__name__: entry for entry in (*WRONG, *RIGHT)}
+    entry = entries[name]
+    target = contract_target(entry.cls, name)
+    family = getattr(entry, "family", "")
+    outcomes = []
+    for prop in sorted(all_properties(), key=lambda p: p.family != family):
+        outcome = check_property(prop, target, profile=PROFILES[profile], seed=seed)
+        outcomes.append(outcome)
+        if outcome.verdict == FALSIFIED and entry in WRONG and not full:
+            break
+    return name, seed, outcomes
+
+
+def density(trigger, samples: int = 4000) -> float:
+    """The share of the sampled space's cases that can show a fault."""
+    draw = RandomDraw(0)
+    space = ARCHITECTURES * INPUTS
+    cases = [draw_trial(draw, space, max_size=1)[0] for _ in range(samples)]
+    return sum(bool(trigger(case)) for case in cases) / samples
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds to try each with")
+    parser.add_argument("--profile", choices=PROFILES, default="default")
+    parser.add_argument("--full", action="store_true", help="run every property on every fault")
+    parser.add_argument("--only", nargs="*", help="names of implementations")
+    parser.add_argument("--right", action="store_true", help="right implementations only")
+    parser.add_argument("--wrong", action="store_true", help="wrong implementations only")
+    parser.add_argument("--json", type=Path, help="write the kill matrix as JSON")
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+    wrong = [] if options.right else [fault.cls.__name__ for fault in WRONG]
+    right = [] if options.wrong else [entry.cls.__name__ for entry in RIGHT]
+    names = [name for name in (*right, *wrong) if not options.only or name in options.only]
+    results: dict[str, dict[int, list[Outcome]]] = defaultdict(dict)
+    with workers(usable_cores()) as executor:
+        job = functools.partial(run, profile=options.profile, full=options.full)
+        futures = [executor.submit(job, n, s) for s in range(options.seeds) for n in names]
+        for future in as_completed(futures):
+            name, seed, outcomes = future.result()
+            results[name][seed] = outcomes
+            print(".", end="", flush=True, file=sys.stderr)
+    print(file=sys.stderr)
+    failures = _report_wrong([n for n in wrong if n in results], results, options.seeds)
+    failures += _report_right([n for n in right if n in results], results)
+    if options.full:
+        _report_sole_witnesses(results, wrong)
+    if options.json:
+        options.json.write_text(json.dumps(_matrix(results), indent=1) + "\n")
+    for failure in failures:
+        print("FAILED", failure)
+    checked = len(names) * options.seeds
+    print(f"{time.perf_counter() - start:.0f} s")
+    print(f"{checked - len(failures)} passed, {len(failures)} failed")
+    return 1 if failures else 0
+
+
+def _report_wrong(names, results, seeds) -> list[str]:
+    faults = {fault.cls.__name__: fault for fault in WRONG}
+    failures = []
+    print(f"{'wrong implementation':34}{'family':17}{'density':>8}{'found':>7}  by (cases)")
+    for name in names:
+        fault = faults[name]
+        share = density(fault.trigger) if fault.trigger else None
+        killers: dict[str, list[int]] = defaultdict(list)
+        found = 0
+        for seed, outcomes in results[name].items():
+            killed = [o for o in outcomes if o.verdict == FALSIFIED]
+            found += bool(killed)
+            for outcome in killed:
+                killers[outcome.name].append(outcome.cases)
+            if not killed and (share is None or share >= DENSITY_LIMIT):
+                failures.append(f"{name} (seed {seed}) survives: {fault.mistake}")
+            failures += _broken(name, seed, outcomes)
+        by = ", ".join(f"{k} ({min(v)}–{max(v)})" for k, v in killers.items())
+        shown = "" if share is None else f"{share:.2%}"
+        print(f"{name:34}{fault.family:17}{shown:>8}{found:>4}/{seeds}  {by}")
+    return failures
+
+
+def _report_right(names, results) -> list[str]:
+    hows = {entry.cls.__name__: entry.how for entry in RIGHT}
+    failures = []
+    print(f"\n{'right implementation':34}{'cases':>8}{'assertions':>12}")
+    for name in names:
+        for seed, outcomes in results[name].items():
+            accused = [o for o in outcomes if o.verdict not in (HELD, NOT_APPLICABLE)]
+            cases, assertions = sum(o.cases for o in outcomes), sum(o.assertions for o in outcomes)
+            print(f"{name:34}{cases:>8}{assertions:>12}  {hows[name]}")
+            for o in accused:
+                case = o.trial[-1] if o.trial else o.reason
+                failures.append(
+                    f"{name} (seed {seed}) accused by {o.name}: {o.what}: "
+                    f"expected {o.expected}, got {o.got}; {case}"
+                )
+    return failures
+
+
+def _broken(name, seed, outcomes) -> list[str]:
+    return [
+        f"{name} (seed {seed}): {o.name}: {o.verdict}: {o.reason}"
+        for o in outcomes
+        if o.verdict not in (HELD, NOT_APPLICABLE, FALSIFIED)
+    ]
+
+
+def _report_sole_witnesses(results, wrong) -> None:
+    """For each property, the faults that no other property sees."""
+    sole = defaultdict(list)
+    seen = defaultdict(int)
+    for name in wrong:
+        killers = {o.name for o in results[name][0] if o.verdict == FALSIFIED}
+        for killer in killers:
+            seen[killer] += 1
+        if len(killers) == 1:
+            sole[killers.pop()].append(name)
+    print(f"\n{'property':62}{'sees':>5}  alone")
+    for prop in all_properties():
+        print(f"{prop.name:62}{seen[prop.name]:>5}  {', '.join(sole[prop.name])}")
+
+
+def _matrix(results) -> dict[str, dict[str, dict[str, int]]]:
+    """Implementation → seed → falsified property → cases to detection."""
+    return {
+        name: {
+            str(seed): {o.name: o.cases for o in outcomes if o.verdict == FALSIFIED}
+            for seed, outcomes in by_seed.items()
+        }
+        for name, by_seed in results.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
