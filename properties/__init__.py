@@ -13,4 +13,10 @@ FAMILIES = (
     "side_effects",
     "rejection",
     "arithmetic",
+    "relations",
+    "locality",
+    "gradients",
+    "modes",
+    "dropout",
+    "state",
 )

@@ -1,5 +1,7 @@
 """Arithmetic: the function computed is the stated one, exactly on integers, bounded on reals."""
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -89,7 +91,9 @@ def integer_weight_gradients_are_exact(subject, case):
             if layer.conv.bias is not None:
                 pairs.append(("bias", layer.conv.bias, expected.bias))
             for name, parameter, value in pairs:
-                got = torch.full_like(parameter, np.nan) if parameter.grad is None else parameter.grad
+                got = (
+                    torch.full_like(parameter, np.nan) if parameter.grad is None else parameter.grad
+                )
                 yield same_bits(got, value, f"gradient of the {name} of {where}")
 
 
@@ -137,15 +141,16 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
     """
     model = subject.model(case)
     blocks = subject.handles(model, case)
+    norms = [layer.norm for block in blocks for layer in block.layers]
     network = make_real(blocks, case, case["magnitude"])
-    counted = [int(l.norm.num_batches_tracked) for b in blocks for l in b.layers]
+    counted = [int(norm.num_batches_tracked) for norm in norms]
     x = _real_input(case)
     out = subject(model, as_input(case, x))
     expected = real_pass(network, values_of(case, x), train=True)
     if not np.isfinite(expected.error).all():
         return  # a channel is constant over the batch but for round-off
     yield within(out, expected.out, expected.error, "output in train mode, against the reference")
-    after = [int(l.norm.num_batches_tracked) for b in blocks for l in b.layers]
+    after = [int(norm.num_batches_tracked) for norm in norms]
     yield same_bits(torch.tensor(after), torch.tensor(counted) + 1, "num_batches_tracked")
     for i, (block, before, learned) in enumerate(
         zip(blocks, network, expected.statistics, strict=True)
@@ -188,7 +193,7 @@ def eval_uses_what_training_learned(subject, case):
     for _ in range(case["steps"]):
         subject(model, as_input(case, rng.standard_normal(case.shape)))
         seen.append(read_network(blocks))
-    for step, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
+    for step, (before, after) in enumerate(pairwise(seen)):
         moved = all(
             (a.mean != b.mean).any() or (a.variance != b.variance).any()
             for old, new in zip(before, after, strict=True)

@@ -162,7 +162,9 @@ def make_real(blocks: Sequence[BlockHandles], case: Case, magnitude: float) -> t
         for layer in block.layers:
             shape = tuple(layer.conv.weight.shape)
             size = 10.0 ** rng.uniform(-6, 3)
-            fill(layer.conv.weight, rng.standard_normal(shape) * size / np.sqrt(shape[1] * shape[2]))
+            fill(
+                layer.conv.weight, rng.standard_normal(shape) * size / np.sqrt(shape[1] * shape[2])
+            )
             scale = magnitude * size
             if layer.conv.bias is not None:
                 fill(layer.conv.bias, rng.normal(0, 0.3, shape[0]) * scale)

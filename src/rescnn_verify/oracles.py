@@ -393,9 +393,7 @@ def _real_layer(
     return value, _column(np.abs(slope)) * carried + _gamma(terms + 10) * size + slack, None
 
 
-def _train_norm(
-    layer: Layer, z: Array, error: Array
-) -> tuple[Array, Array, TrainStatistics]:
+def _train_norm(layer: Layer, z: Array, error: Array) -> tuple[Array, Array, TrainStatistics]:
     """Batch normalisation by the batch's own mean and biased variance.
 
     With m values per channel, the mean is off by the mean error of its terms and γ_{m+1} of the

@@ -1,0 +1,144 @@
+"""Dropout: whole channels of the fusion's output, independently, at the given rate, in train mode.
+
+A fusion norm with scale 0 and shift s returns s for any input, so on a zero input the output of a
+model is the sum over its blocks of what dropout made of s. With s a power of a base for each
+block, the sum tells which blocks dropped which channels of which samples.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from rescnn_verify.compare import equal, holds, same_bits
+from rescnn_verify.needs import CHANNEL_DROPOUT, HANDLES, POST_ACTIVATION
+from rescnn_verify.probes import as_input, normal_input, randomise, set_norm
+from rescnn_verify.space import INPUTS, Choice, Integers
+from rescnn_verify.statement import statement
+
+NEEDS = (HANDLES, CHANNEL_DROPOUT, POST_ACTIVATION)
+TRAIN = INPUTS.narrow(
+    mode=Choice("train"), batch=Integers(2, 33), length=Integers(1, 64),
+    layout=Choice("contiguous"),
+)  # fmt: skip
+#: False alarms of one statistical comparison; a run makes fewer than 1e5 of them.
+ALPHA = 1e-14
+
+
+@statement(space=TRAIN.narrow(dtype=Choice("float64", "float32")), needs=NEEDS)
+def survivors_are_scaled(subject, case):
+    """Every fusion returns 0 or s/(1 − p) for a shift s, constant along a channel.
+
+    Shown by a shift of 1 in one block and 0 in the others. At p = 0 all of it survives, at p = 1
+    none.
+    """
+    index = case.seed % case.num_blocks
+    model = subject.model(case)
+    for i, block in enumerate(subject.handles(model, case)):
+        set_norm(block.fusion.norm, scale=0.0, shift=1.0 if i == index else 0.0)
+    x = torch.zeros_like(normal_input(case))
+    with torch.no_grad():
+        torch.manual_seed(case.seed)
+        out = subject(model, x)
+    constant = bool((out == out[:, :, :1]).all())
+    yield holds(constant, "dropout along a channel", "one value per channel", "several values")
+    values = sorted(set(out.flatten().tolist()))
+    p = case.dropout
+    if p in (0.0, 1.0):
+        yield equal(values, [1.0 - p], f"values that survive dropout {p}")
+        return
+    scale = 1 / (1 - p)
+    unit = 2.0**-53 if case.dtype == "float64" else 2.0**-24
+    # Roundings: of p, of 1 − p, of its inverse (or of a mask divided by it) and of the product.
+    slack = 4 * unit * scale * (1 + p / (1 - p))
+    off = [v for v in values if v != 0 and abs(v - scale) > slack]
+    yield equal(off, [], f"values other than 0 and 1/(1 − {p})")
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("train"), layout=Choice("contiguous"), dtype=Choice("float64"),
+        batch=Choice(64), length=Choice(2), channels=Integers(1, 32), num_blocks=Integers(1, 4),
+    ),
+    needs=NEEDS,
+    evidence="statistical",
+)  # fmt: skip
+def rate_and_independence(subject, case):
+    """Channels are dropped at rate p, independently over samples, channels, blocks and calls.
+
+    By the exact binomial tail the number dropped of n, and the number of agreements between
+    neighbouring samples, channels, blocks and calls, each stay within limits that a correct model
+    passes with probability 1e-14.
+    """
+    p = case.dropout
+    if not 0 < p < 1:
+        return
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    for i, block in enumerate(blocks):
+        set_norm(block.fusion.norm, scale=0.0, shift=4.0**i * (1 - p))
+    x = torch.zeros_like(normal_input(case))
+    torch.manual_seed(case.seed)
+    with torch.no_grad():
+        calls = [subject(model, x)[:, :, 0].cpu().numpy() for _ in range(4)]
+    # Survivors contribute 4^i, so the base-4 digits say which blocks kept a channel.
+    codes = np.rint(np.stack(calls)).astype(np.int64)
+    kept = np.stack([(codes // 4**i) % 4 for i in range(case.num_blocks)]).astype(bool)
+    # Axes of kept: block, call, sample, channel.
+    yield _binomial(int((~kept).sum()), kept.size, p, f"channels dropped at dropout {p}")
+    same = p * p + (1 - p) * (1 - p)
+    for axis, name in enumerate(("blocks", "calls", "samples", "channels")):
+        count = kept.shape[axis] // 2
+        if count == 0:
+            continue
+        first = kept.take(range(0, 2 * count, 2), axis)
+        second = kept.take(range(1, 2 * count, 2), axis)
+        agreements = int((first == second).sum())
+        yield _binomial(agreements, first.size, same, f"{name} that drop alike at dropout {p}")
+
+
+def _binomial(successes, trials, probability, what):
+    """The exact two-sided binomial test at level `ALPHA`, by Hoeffding–Chernoff's bound.
+
+    P(X ≥ k) ≤ exp(−n·KL(k/n ‖ q)) for k ≥ nq, and likewise below (Hoeffding 1963, theorem 1), so
+    rejecting where the bound is below α/2 rejects a correct model with probability below α.
+    """
+    rate = successes / trials
+    divergence = sum(
+        a * np.log(a / b) for a, b in ((rate, probability), (1 - rate, 1 - probability)) if a > 0
+    )
+    likely = -trials * divergence >= np.log(ALPHA / 2)
+    return holds(
+        bool(likely), what, f"about {probability:.3g} of {trials}", f"{successes} of {trials}"
+    )
+
+
+@statement(space=TRAIN.narrow(dtype=Choice("float64", "float32", "bfloat16")), needs=NEEDS)
+def the_residual_is_never_dropped(subject, case):
+    """With every fusion returning 0 the output in train mode is relu(x), whatever p is.
+
+    At p = 1 it is so for any fusion.
+    """
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    if case.dropout < 1:
+        for block in subject.handles(model, case):
+            set_norm(block.fusion.norm, scale=0.0, shift=0.0)
+    x = normal_input(case)
+    torch.manual_seed(case.seed)
+    with torch.no_grad():
+        out = subject(model, x)
+    yield same_bits(out, torch.relu(x), "output in train mode without its fusions")
+
+
+@statement(space=TRAIN.narrow(dtype=Choice("float64", "float32")), needs=NEEDS)
+def eval_ignores_dropout(subject, case):
+    """In eval mode the output does not depend on p, to the bit, and nothing is dropped."""
+    x = as_input(case, case.rng("input").standard_normal(case.shape))
+    outputs = []
+    for p in (case.dropout, 0.0):
+        model = subject.model(replace(case, dropout=p), mode="eval")
+        randomise(model, np.random.default_rng(case.seed))
+        with torch.no_grad():
+            outputs.append(subject(model, x))
+    yield same_bits(outputs[0], outputs[1], f"output at dropout {case.dropout}, against dropout 0")

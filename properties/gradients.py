@@ -1,0 +1,197 @@
+"""Gradients: they exist, are finite, linear, chained and accumulated, and are true derivatives."""
+
+import numpy as np
+import torch
+
+from rescnn_verify.compare import Falsified, equal, holds, same_bits
+from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION, STACK
+from rescnn_verify.networks import certify
+from rescnn_verify.oracles import SIGNIFICAND_BITS, exact_pass
+from rescnn_verify.probes import as_input, fill, make_positive, normal_input, randomise
+from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
+from rescnn_verify.statement import statement
+
+SMALL = INPUTS.narrow(batch=Integers(1, 33), length=Integers(1, 600))
+NO_RANDOM_DROPOUT = Constraint(
+    "no random dropout", lambda c: c.mode == "eval" or c.dropout in (0.0, 1.0)
+)
+WIDE = Choice("float32", "float64")
+
+
+@statement(space=SMALL)
+def every_parameter_gets_a_gradient(subject, case):
+    """Every parameter requires a gradient and gets one, finite and of its own shape and dtype.
+
+    So does the input. The output requires a gradient even if the input does not, because the
+    parameters do. (It may be zero: that of a bias before a training batch norm is.)
+    """
+    model = subject.model(case)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    yield equal(frozen, [], "parameters that do not require a gradient")
+    yield equal(subject(model, normal_input(case)).requires_grad, True, "output.requires_grad")
+    model = subject.model(case)
+    out, gradient = subject.vjp(model, normal_input(case), torch.ones(()))
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    yield equal(missing, [], "parameters without a gradient after backward")
+    yield equal(tuple(gradient.shape), case.shape, "shape of the gradient at the input")
+    for name, p in [*model.named_parameters(), ("the input", None)]:
+        values = gradient if p is None else p.grad
+        yield holds(
+            bool(torch.isfinite(values).all()), f"gradient of {name}", "finite values",
+            "NaN or infinity",
+        )  # fmt: skip
+
+
+@statement(space=SMALL.narrow(mode=Choice("eval"), dtype=WIDE), needs=(HANDLES,))
+def positive_networks_have_no_zero_gradient(subject, case):
+    """With positive weights, inputs and shifts every parameter's gradient is non-zero everywhere.
+
+    No ReLU is closed and no term cancels, except that a tap that only ever meets padding has
+    nothing to weigh: the length covers the widest kernel.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    make_positive(blocks, case.rng("weights"))
+    x = as_input(case, case.rng("input").uniform(0.5, 1.5, case.shape)).abs()
+    _, gradient = subject.vjp(model, x, torch.ones(()))
+    yield equal(int((gradient <= 0).sum()), 0, "elements of the input's gradient that are not > 0")
+    for i, block in enumerate(blocks):
+        for j, layer in enumerate(block.layers):
+            for kind, parameter in (("weight", layer.conv.weight), ("scale", layer.norm.weight),
+                                    ("shift", layer.norm.bias), ("bias", layer.conv.bias)):  # fmt: skip
+                if parameter is None:
+                    continue
+                if parameter.grad is None:
+                    raise Falsified(f"gradient of {kind} {j} of block {i}", "a tensor", "None")
+                seen = parameter.grad
+                if kind == "weight":
+                    taps = torch.arange(parameter.shape[2]) - parameter.shape[2] // 2
+                    seen = seen[:, :, taps.abs() < case.length]
+                zeros = int((seen == 0).sum())
+                yield equal(zeros, 0, f"zero elements in the gradient of {kind} {j} of block {i}")
+
+
+@statement(space=SMALL.narrow(NO_RANDOM_DROPOUT, scale=Choice(1, 6, -6, 12, -12), dtype=WIDE))
+def gradients_are_linear(subject, case):
+    """Scaling v by a power of two scales Jᵀv and every parameter's gradient, to the bit.
+
+    Backward is linear in v, and a power of two rounds nothing off. Nothing may clip, normalise or
+    flush.
+    """
+    factor = 2.0 ** case["scale"]
+    first = _gradients(subject, case, 1.0)
+    second = _gradients(subject, case, factor)
+    for name, gradient in first.items():
+        yield same_bits(second[name], gradient * factor, f"gradient of {name} for {factor} times v")
+
+
+@statement(space=SMALL.narrow(NO_RANDOM_DROPOUT))
+def accumulating_twice_doubles(subject, case):
+    """Two backward passes without clearing give twice the gradient of one, to the bit."""
+    once = _gradients(subject, case, 1.0)
+    twice = _gradients(subject, case, 1.0, passes=2)
+    for name, gradient in once.items():
+        yield same_bits(twice[name], gradient + gradient, f"gradient of {name} after two passes")
+
+
+@statement(space=SMALL.narrow(mode=Choice("eval")))
+def gradients_do_not_change_the_output(subject, case):
+    """The output is the same with gradients, without, and in inference mode, to the bit."""
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    x = normal_input(case)
+    out = subject(model, x).detach()
+    with torch.no_grad():
+        yield same_bits(subject(model, x), out, "output under no_grad, against that with gradients")
+    with torch.inference_mode():
+        yield same_bits(subject(model, x).clone(), out, "output in inference mode")
+    leaf = x.detach().clone().requires_grad_()
+    yield same_bits(subject(model, leaf), subject(model, leaf.detach()), "output for a leaf input")
+
+
+@statement(space=SMALL.narrow(NO_RANDOM_DROPOUT, num_blocks=Integers(2, 7)), needs=(STACK, HANDLES))
+def the_chain_rule_holds_over_blocks(subject, case):
+    """The gradient of a stack is that of its blocks one after the other, to the bit."""
+    x = normal_input(case)
+    v = normal_input(case, "gradient").contiguous()
+    model = subject.model(case)
+    randomise(model, np.random.default_rng(case.seed))
+    _, whole = subject.vjp(model, x, v)
+    model = subject.model(case)
+    randomise(model, np.random.default_rng(case.seed))
+    leaves, outs, value = [], [], x
+    for block in subject.handles(model, case):
+        leaves.append(value.detach().clone().requires_grad_())
+        outs.append(subject(block.module, leaves[-1], call=lambda module, value: module(value)))
+        value = outs[-1]
+    gradient = v
+    for leaf, out in zip(reversed(leaves), reversed(outs), strict=True):
+        subject.backward(out, gradient)
+        gradient = leaf.grad
+    yield same_bits(whole, gradient, "gradient of the stack, against its blocks' chain")
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("eval"), dtype=WIDE, batch=Integers(1, 5), length=Integers(1, 80),
+    ),
+    needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
+    work=2**15,
+)  # fmt: skip
+def finite_differences_are_exact(subject, case):
+    """On an integer network f(x + d) − f(x) = J·d exactly while no ReLU switches, and so ⟨Jᵀv, d⟩.
+
+    Between two points with the same ReLU masks the network is affine, and on integers nothing is
+    rounded, so the difference quotient is the derivative. The same holds for the norms' shifts.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    found = certify(blocks, case, bits="weight_bits", kinkless=True)
+    if found is None:
+        return
+    step = 2.0 ** (-2 * case.num_blocks - 4)
+    x = found.x.copy()
+    place = tuple(int(case.rng("place").integers(n)) for n in case.shape)
+    x[place] += step
+    inputs = as_input(case, found.x)
+    out, gradient = subject.vjp(model, inputs, torch.from_numpy(found.v))
+    shift = blocks[0].fusion.norm.bias
+    if shift.grad is None:
+        raise Falsified("gradient of the fusion's shift in block 0", "a tensor", "None")
+    shift_gradient = shift.grad.clone()
+    moved = exact_pass(found.network, x, found.v, fraction=0.5)
+    # The masks agree if the oracle's own gradient is the same at both points.
+    same_masks = np.array_equal(moved.input_gradient, found.expected.input_gradient)
+    fits = moved.weight_bits + 6 <= SIGNIFICAND_BITS[case.dtype]
+    if case.layout == "expanded" or not (same_masks and fits):
+        return
+    with torch.no_grad():
+        after = subject(model, as_input(case, x))
+        change = (after - out).double().cpu().numpy() / step
+        expected = float((change * found.v).sum())
+        yield equal(float(gradient[place]), expected, f"gradient at input {list(place)}")
+        channel = int(case.rng("channel").integers(case.channels))
+        shifts = shift.detach().cpu().double().numpy().copy()
+        shifts[channel] += step
+        fill(shift, shifts)
+        after = subject(model, inputs)
+    change = (after - out).double().cpu().numpy() / step
+    if np.array_equal((after > 0).cpu().numpy(), (out > 0).cpu().numpy()) and case.num_blocks == 1:
+        expected = float((change * found.v).sum())
+        yield equal(float(shift_gradient[channel]), expected, f"gradient of shift {channel}")
+
+
+def _gradients(subject, case, factor, passes=1):
+    """Gradients of the input and every parameter for one v times a factor."""
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    leaf = normal_input(case).detach().clone().requires_grad_()
+    v = normal_input(case, "gradient").contiguous() * factor
+    for _ in range(passes):
+        torch.manual_seed(case.seed)
+        subject.backward(subject(model, leaf), v)
+    named = [("the input", leaf), *model.named_parameters()]
+    for name, tensor in named:
+        if tensor.grad is None:
+            raise Falsified(f"gradient of {name}", "a tensor", "None")
+    return {name: tensor.grad for name, tensor in named}

@@ -1,0 +1,138 @@
+"""Modes: eval remembers nothing and changes nothing; train learns statistics and no more."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from rescnn_verify.compare import equal, holds, refuses, same_bits
+from rescnn_verify.needs import BATCH_NORM
+from rescnn_verify.probes import normal_input, randomise
+from rescnn_verify.space import INPUTS, Choice, Integers
+from rescnn_verify.statement import statement
+
+FORWARD = INPUTS.narrow(batch=Integers(1, 33), length=Integers(1, 600))
+EVAL = FORWARD.narrow(mode=Choice("eval"))
+
+
+@statement(space=EVAL)
+def eval_is_deterministic(subject, case):
+    """In eval mode two calls give the same bits, draw no random number and change no buffer."""
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    x = normal_input(case)
+    buffers = _state(model)
+    torch.manual_seed(case.seed)
+    state = torch.get_rng_state()
+    first = subject(model, x)
+    yield same_bits(torch.get_rng_state(), state, "torch's generator after a call in eval mode")
+    torch.manual_seed(case.seed + 1)
+    second = subject(model, x)
+    yield same_bits(second, first, "second output in eval mode")
+    yield from _same_state(model, buffers, "after two calls in eval mode")
+
+
+@statement(space=EVAL.narrow(shapes=Integers(1, 3)))
+def eval_remembers_no_earlier_call(subject, case):
+    """An output in eval mode is that of a new model with the same state, whatever came before.
+
+    Before: calls in either mode on other shapes, other weights, another dtype of input refused or
+    not. Caches of weights, shapes, masks or results all show.
+    """
+    used = subject.model(case)
+    rng = case.rng("earlier")
+    for i in range(case["shapes"]):
+        randomise(used, rng)
+        shape = {"batch": int(rng.integers(2, 5)), "length": int(rng.integers(1, 2 * case.field))}
+        for mode in ("eval", "train", "eval"):
+            subject.set_mode(used, mode)
+            with torch.no_grad():
+                subject(used, normal_input(replace(case, **shape), f"earlier {i}"))
+    x = normal_input(case)
+    with torch.no_grad():
+        subject(used, x)
+        randomise(used, np.random.default_rng(case.seed))
+        out = subject(used, x)
+    # The grown counters of the used model are not part of the function.
+    new = subject.set_mode(subject.build(case), "eval")
+    randomise(new, np.random.default_rng(case.seed))
+    with torch.no_grad():
+        yield same_bits(out, subject(new, x), "output of a used model, against a new one's")
+
+
+@statement(space=FORWARD)
+def parameters_are_not_changed_by_a_call(subject, case):
+    """A call changes no parameter in either mode, nor does a backward pass."""
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    subject.vjp(model, normal_input(case), torch.ones(()))
+    for name, parameter in model.named_parameters():
+        yield same_bits(parameter, before[name], f"{name} after a forward and a backward pass")
+
+
+@statement(space=FORWARD)
+def modes_switch_and_return(subject, case):
+    """train() and eval() reach every submodule, and a round trip without calls changes nothing."""
+    model = subject.model(case, mode="eval")
+    randomise(model, case.rng("weights"))
+    x = normal_input(case)
+    with torch.no_grad():
+        before = subject(model, x)
+    for mode, training in (("train", True), ("eval", False)):
+        subject.set_mode(model, mode)
+        wrong = [name for name, m in model.named_modules() if m.training is not training]
+        yield equal(wrong, [], f"submodules not in {mode} mode")
+    with torch.no_grad():
+        yield same_bits(subject(model, x), before, "output after train() and eval()")
+        after_call = subject(subject.set_mode(model, case.mode), x)
+    yield equal(model.training, case.mode == "train", f"training flag after a call in {case.mode}")
+    yield equal(tuple(after_call.shape), tuple(before.shape), f"output shape in {case.mode} mode")
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("train", "eval"), batch=Choice(1), length=Choice(1), layout=Choice("contiguous")
+    ),
+    needs=(BATCH_NORM,),
+)
+def one_value_per_channel_cannot_train(subject, case):
+    """In train mode a batch of one sample of length one raises: it has no variance.
+
+    In eval mode it is an input like any other.
+    """
+    model = subject.model(case)
+    x = normal_input(case)
+    if case.mode == "eval":
+        with torch.no_grad():
+            yield equal(tuple(subject(model, x).shape), case.shape, "output shape in eval mode")
+        return
+    error = refuses(lambda: subject.target.call(model, x), (Exception,), "forward")
+    yield holds(
+        error is not None, "train mode on one value per channel", "an exception", "a result"
+    )
+
+
+@statement(space=FORWARD.narrow(mode=Choice("train")))
+def training_is_a_function_of_the_generator(subject, case):
+    """In train mode the same generator state gives the same output and statistics, to the bit."""
+    outputs, states = [], []
+    for _ in range(2):
+        model = subject.model(case)
+        randomise(model, np.random.default_rng(case.seed))
+        torch.manual_seed(case.seed)
+        with torch.no_grad():
+            outputs.append(subject(model, normal_input(case)))
+        states.append(_state(model))
+    yield same_bits(outputs[1], outputs[0], "second output in train mode from the same generator")
+    for name, value in states[0].items():
+        yield same_bits(states[1][name], value, f"{name} after training from the same generator")
+
+
+def _state(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _same_state(model, before, when):
+    for name, value in model.state_dict().items():
+        yield same_bits(value, before[name], f"{name} {when}")

@@ -1,0 +1,217 @@
+"""State: everything is registered, saved, copied and moved, and starts out random but seeded."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import torch
+
+from rescnn_verify.compare import attempt, equal, holds, same_bits
+from rescnn_verify.needs import BATCH_NORM, CONTRACT, HANDLES, STACK
+from rescnn_verify.probes import normal_input, randomise
+from rescnn_verify.space import INPUTS, Choice, Integers, Space
+from rescnn_verify.statement import NotApplicable, statement
+from rescnn_verify.subject import DTYPES, seed_everything
+
+EVAL = INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 9), length=Integers(1, 80))
+
+
+@statement(space=Space(seed=INPUTS.get("seed")))
+def same_seed_same_initial_weights(subject, case):
+    """Two models built from the same generator state are equal; from another they differ."""
+    models = []
+    for seed in (case.seed, case.seed, case.seed + 1):
+        torch.manual_seed(seed)
+        models.append(subject.build_with(case.config))
+    first, again, other = (model.state_dict() for model in models)
+    yield equal(list(again), list(first), "names in the state_dict of a second model")
+    for name in first:
+        yield same_bits(again[name], first[name], f"initial {name} from the same generator state")
+    weights = [name for name, p in models[0].named_parameters() if p.dim() > 1]
+    alike = [name for name in weights if torch.equal(first[name], other[name])]
+    yield equal(alike, [], "weights that are the same from another generator state")
+
+
+@statement(space=Space(seed=INPUTS.get("seed")), needs=(HANDLES, BATCH_NORM))
+def initial_weights_are_not_degenerate(subject, case):
+    """No convolution starts with constant weights, no two start alike, and norms start unbiased.
+
+    A constant is what no gradient tells apart, and two layers alike are one layer twice. Running
+    statistics start at mean 0 and variance 1 with no batch counted. (Norm scales are exempt: a
+    last norm that starts at zero is a usual choice.)
+    """
+    torch.manual_seed(case.seed)
+    model = subject.build_with(case.config)
+    weights = []
+    for i, block in enumerate(subject.handles(model, case)):
+        for j, layer in enumerate(block.layers):
+            where = f"layer {j} of block {i}"
+            weight, norm = layer.conv.weight.detach(), layer.norm
+            constant = len(torch.unique(weight)) < min(2, weight.numel()) or not weight.any()
+            yield equal(constant, False, f"initial weights of {where} are constant or zero")
+            yield equal(set(norm.running_mean.tolist()), {0.0}, f"initial mean of {where}")
+            yield equal(set(norm.running_var.tolist()), {1.0}, f"initial variance of {where}")
+            counted = int(norm.num_batches_tracked)
+            yield equal(counted, 0, f"initial num_batches_tracked of {where}")
+            if weight.numel() > 1:
+                twins = [w for w, other in weights if torch.equal(other, weight)]
+                yield equal(twins, [], f"layers with the same initial weights as {where}")
+                weights.append((where, weight))
+
+
+@statement(space=EVAL)
+def everything_moves_with_the_model(subject, case):
+    """After `.to(dtype)` every floating parameter and buffer has the dtype, and forward works.
+
+    Moved to the meta device every parameter and buffer is there, and forward gives a meta tensor of
+    the same shape.
+    """
+    model = subject.model(case)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, t in tensors if t.is_floating_point() and t.dtype != DTYPES[case.dtype]]
+    yield equal(left, [], f"tensors that did not move to {case.dtype}")
+    x = normal_input(case)
+    with torch.no_grad():
+        yield equal(subject(model, x).dtype, x.dtype, "output dtype")
+    abstract = attempt("moving to the meta device", lambda: subject.build(case).to("meta"))
+    subject.set_mode(abstract, "eval")
+    tensors = [*abstract.named_parameters(), *abstract.named_buffers()]
+    left = [name for name, t in tensors if t.device.type != "meta"]
+    yield equal(left, [], "tensors that did not move to the meta device")
+    with torch.no_grad():
+        out = subject(abstract, x.to("meta"))
+    yield equal((out.device.type, tuple(out.shape)), ("meta", case.shape), "output on meta")
+
+
+def _through_state_dict(subject, model, case):
+    other = subject.build(case)
+    randomise(other, np.random.default_rng(case.seed + 1))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    attempt("load_state_dict", lambda: other.load_state_dict(state))
+    return other
+
+
+def _through_save(subject, model, case):
+    file = io.BytesIO()
+    attempt("torch.save", lambda: torch.save(model.state_dict(), file))
+    file.seek(0)
+    state = attempt("torch.load", lambda: torch.load(file, weights_only=True))
+    other = subject.build(case)
+    attempt("load_state_dict", lambda: other.load_state_dict(state))
+    return other
+
+
+def _through_deepcopy(subject, model, case):
+    return attempt("copy.deepcopy", lambda: copy.deepcopy(model))
+
+
+def _through_pickle(subject, model, case):
+    try:
+        data = pickle.dumps(model)
+    except Exception as error:
+        raise NotApplicable(f"the model refuses to be pickled: {error}") from error
+    return attempt("unpickling", lambda: pickle.loads(data))
+
+
+@statement(
+    space=EVAL.narrow(way=Choice("state_dict", "torch.save", "deepcopy")),
+)
+def copies_are_the_same_function(subject, case):
+    """A state_dict, a saved file and a deep copy give the same function, to the bit.
+
+    The copy is compared in eval mode, in train mode under the same generator, and after training;
+    training the copy does not change the original.
+    """
+    ways = {
+        "state_dict": _through_state_dict,
+        "torch.save": _through_save,
+        "deepcopy": _through_deepcopy,
+    }
+    yield from _same_function(subject, case, ways[case["way"]])
+
+
+@statement(space=EVAL.narrow(length=Integers(1, 20)))
+def a_pickled_model_is_the_same_function(subject, case):
+    """A pickled model is the same function, to the bit; a model may refuse to be pickled."""
+    yield from _same_function(subject, case, _through_pickle)
+
+
+def _same_function(subject, case, way):
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    x = normal_input(case)
+    wide = torch.cat([x, -x], dim=0)
+    subject.set_mode(model, "train")
+    with torch.no_grad():
+        subject(model, wide)
+    subject.set_mode(model, "eval")
+    other = subject.set_mode(way(subject, model, case), "eval")
+    names = list(model.state_dict())
+    yield equal(list(other.state_dict()), names, "names in the copy's state_dict")
+    for name, value in model.state_dict().items():
+        yield same_bits(other.state_dict()[name], value, f"{name} of the copy")
+    outputs = []
+    for built in (model, other):
+        torch.manual_seed(case.seed)
+        with torch.no_grad():
+            steps = [subject(built, x)]
+            subject.set_mode(built, "train")
+            steps.append(subject(built, wide))
+            subject.set_mode(built, "eval")
+            steps.append(subject(built, x))
+        outputs.append(steps)
+    whens = ("in eval mode", "in train mode", "in eval mode after training")
+    for when, first, second in zip(whens, *outputs, strict=True):
+        yield same_bits(second, first, f"output of the copy {when}")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    randomise(other, np.random.default_rng(case.seed))
+    for name, value in model.state_dict().items():
+        yield same_bits(value, before[name], f"{name} of the original after changing the copy")
+
+
+@statement(space=Space(), needs=(CONTRACT,))
+def the_state_dict_names_every_tensor(subject, case):
+    """The state_dict has every parameter and buffer once, and no other tensor's memory."""
+    model = subject.build(case)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    state = model.state_dict()
+    yield equal(set(state), set(tensors), "names in the state_dict")
+    for name, tensor in tensors.items():
+        yield equal(state[name].data_ptr(), tensor.data_ptr(), f"memory of {name}")
+
+
+@statement(space=Space(), needs=(STACK,))
+def a_missing_entry_is_refused(subject, case):
+    """load_state_dict refuses a state_dict without one of the entries, and one with another.
+
+    (torch itself lets num_batches_tracked be missing.)
+    """
+    model = subject.build(case)
+    state = model.state_dict()
+    names = sorted(name for name in state if not name.endswith("num_batches_tracked"))
+    name = names[case.rng("entry").integers(len(names))]
+    for what, changed in (
+        (f"without {name}", {k: v for k, v in state.items() if k != name}),
+        ("with a foreign entry", {**state, "no.such.entry": torch.zeros(1)}),
+    ):
+        try:
+            model.load_state_dict(changed)
+            refused = False
+        except Exception:
+            refused = True
+        yield holds(refused, f"load_state_dict {what}", "an exception", "it loads")
+
+
+@statement(space=Space(dtype=Choice("float32", "float64")))
+def building_draws_only_from_torch(subject, case):
+    """Initial weights are a function of torch's generator alone, not of NumPy's or Python's."""
+    states = []
+    for seed in (1, 2):
+        seed_everything(seed)
+        torch.manual_seed(case.seed)
+        states.append(subject.build_with(case.config).state_dict())
+    for name, value in states[0].items():
+        yield same_bits(
+            states[1][name], value, f"initial {name} from other NumPy and Python states"
+        )
