@@ -32,7 +32,7 @@ def eval_is_deterministic(subject, case):
     yield from _same_state(model, buffers, "after two calls in eval mode")
 
 
-@statement(space=EVAL.narrow(shapes=Integers(1, 3)))
+@statement(space=EVAL.narrow(shapes=Integers(1, 3)), effort=0.7)
 def eval_remembers_no_earlier_call(subject, case):
     """An output in eval mode is that of a new model with the same state, whatever came before.
 
@@ -95,6 +95,7 @@ def modes_switch_and_return(subject, case):
         mode=Choice("train", "eval"), batch=Choice(1), length=Choice(1), layout=Choice("contiguous")
     ),
     needs=(BATCH_NORM,),
+    effort=0.5,
 )
 def one_value_per_channel_cannot_train(subject, case):
     """In train mode a batch of one sample of length one raises: it has no variance.

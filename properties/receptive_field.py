@@ -24,7 +24,7 @@ NAN_SAFE = EVAL_ROW.narrow(dtype=Choice("float32", "float64"))
 UNDERFLOW_SAFE = EVAL_ROW.narrow(dtype=Choice("float32", "float64", "bfloat16"))
 
 
-@statement(space=Space(), needs=(A_FIELD_CLAIM, FIELD), documented=True)
+@statement(space=Space(), needs=(A_FIELD_CLAIM, FIELD), documented=True, effort=4)
 def claimed_field_is_the_formula(subject, case):
     """The claimed receptive field is left + right + 1; 1 + num_blocks·(widest kernel − 1) here."""
     model = subject.model(case)

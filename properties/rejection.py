@@ -40,6 +40,7 @@ def _stack_only(case):
         where=(Constraint("num_blocks of a stack only", _stack_only),),
     ),
     needs=(REFUSALS,),
+    effort=6,
 )
 def impossible_arguments_are_refused(subject, case):
     """What has no meaning is refused at construction, naming the argument and its value.
@@ -60,8 +61,7 @@ def impossible_arguments_are_refused(subject, case):
         invalid=Choice(*UNUSUAL), mode=Choice("eval"), dtype=Choice("float64"),
         batch=Choice(2), layout=Choice("contiguous"), length=Integers(1, 40),
     ),
-    needs=(REFUSALS, CONTRACT),
-)  # fmt: skip
+    needs=(REFUSALS, CONTRACT), effort=6)  # fmt: skip
 def unusual_arguments_are_refused_or_honoured(subject, case):
     """Even kernels and fewer channels than kernels are refused clearly or honoured fully.
 
@@ -163,8 +163,7 @@ WRONG_SHAPES = (
         shape=Choice(*WRONG_SHAPES), batch=Integers(1, 8), length=Integers(1, 64),
         dtype=Choice("float32", "float64"), layout=Choice("contiguous"),
     ),
-    needs=(CHECKED_INPUT,),
-)  # fmt: skip
+    needs=(CHECKED_INPUT,), effort=2)  # fmt: skip
 def wrong_rank_or_channels_raise(subject, case):
     """An input of the wrong rank or channel count raises; it never broadcasts.
 

@@ -70,7 +70,7 @@ def _tensors_in(value):
     return []
 
 
-@statement(space=SMALL.narrow(layout=Choice("contiguous")), needs=(CONTRACT,))
+@statement(space=SMALL.narrow(layout=Choice("contiguous")), needs=(CONTRACT,), effort=0.5)
 def kernel_list_is_neither_changed_nor_kept(subject, case):
     """The caller's list of kernels is as before, and changing it later changes nothing."""
     kernels = list(case.kernel_sizes)
@@ -112,7 +112,7 @@ def _field(subject, model, case):
     return attempt("claimed receptive field", lambda: claim(model, case.config))
 
 
-@statement(space=SMALL.narrow(layout=Choice("contiguous")))
+@statement(space=SMALL.narrow(layout=Choice("contiguous")), effort=0.4)
 def no_global_seed_is_reset(subject, case):
     """Building and calling a model leaves every random generator where its own draws put it.
 
@@ -141,7 +141,7 @@ def no_global_seed_is_reset(subject, case):
             )
 
 
-@statement(space=SMALL.narrow(layout=Choice("contiguous")))
+@statement(space=SMALL.narrow(layout=Choice("contiguous")), effort=0.3)
 def global_settings_stay(subject, case):
     """Building and calling a model leaves torch's global settings as they were."""
     before = _settings()
@@ -185,7 +185,7 @@ def _draws():
     }
 
 
-@statement(space=Space(), needs=(CONTRACT,))
+@statement(space=Space(), needs=(CONTRACT,), effort=0.5)
 def building_twice_gives_two_models(subject, case):
     """Two models of one configuration share no parameter or buffer."""
     first, second = subject.build_with(case.config), subject.build_with(case.config)

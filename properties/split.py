@@ -16,7 +16,7 @@ from rescnn_verify.space import INPUTS, Choice, Integers, Space
 from rescnn_verify.statement import statement
 
 
-@statement(space=Space(), needs=(HANDLES,), documented=True)
+@statement(space=Space(), needs=(HANDLES,), documented=True, effort=4)
 def widths_sum_to_channels(subject, case):
     """The branch widths are channels // n each, the remainder to the last; they sum to channels.
 
@@ -28,7 +28,7 @@ def widths_sum_to_channels(subject, case):
         yield equal(sum(widths), case.channels, f"sum of the branch widths of block {i}")
 
 
-@statement(space=Space(), needs=(HANDLES,), documented=True)
+@statement(space=Space(), needs=(HANDLES,), documented=True, effort=3)
 def kernel_i_belongs_to_branch_i(subject, case):
     """The kernel sizes of the branches are the given ones, in the order given, repeats included."""
     for i, block in enumerate(subject.handles(subject.model(case), case)):

@@ -17,7 +17,7 @@ from rescnn_verify.subject import DTYPES, seed_everything
 EVAL = INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 9), length=Integers(1, 80))
 
 
-@statement(space=Space(seed=INPUTS.get("seed")))
+@statement(space=Space(seed=INPUTS.get("seed")), effort=0.5)
 def same_seed_same_initial_weights(subject, case):
     """Two models built from the same generator state are equal; from another they differ."""
     models = []
@@ -33,7 +33,7 @@ def same_seed_same_initial_weights(subject, case):
     yield equal(alike, [], "weights that are the same from another generator state")
 
 
-@statement(space=Space(seed=INPUTS.get("seed")), needs=(HANDLES, BATCH_NORM))
+@statement(space=Space(seed=INPUTS.get("seed")), needs=(HANDLES, BATCH_NORM), effort=1)
 def initial_weights_are_not_degenerate(subject, case):
     """No convolution starts with constant weights, no two start alike, and norms start unbiased.
 
@@ -60,7 +60,7 @@ def initial_weights_are_not_degenerate(subject, case):
                 weights.append((where, weight))
 
 
-@statement(space=EVAL)
+@statement(space=EVAL, effort=0.5)
 def everything_moves_with_the_model(subject, case):
     """After `.to(dtype)` every floating parameter and buffer has the dtype, and forward works.
 
@@ -114,9 +114,7 @@ def _through_pickle(subject, model, case):
     return attempt("unpickling", lambda: pickle.loads(data))
 
 
-@statement(
-    space=EVAL.narrow(way=Choice("state_dict", "torch.save", "deepcopy")),
-)
+@statement(space=EVAL.narrow(way=Choice("state_dict", "torch.save", "deepcopy")), effort=0.4)
 def copies_are_the_same_function(subject, case):
     """A state_dict, a saved file and a deep copy give the same function, to the bit.
 
@@ -131,7 +129,7 @@ def copies_are_the_same_function(subject, case):
     yield from _same_function(subject, case, ways[case["way"]])
 
 
-@statement(space=EVAL.narrow(length=Integers(1, 20)))
+@statement(space=EVAL.narrow(length=Integers(1, 20)), effort=0.2)
 def a_pickled_model_is_the_same_function(subject, case):
     """A pickled model is the same function, to the bit; a model may refuse to be pickled."""
     yield from _same_function(subject, case, _through_pickle)
@@ -170,7 +168,7 @@ def _same_function(subject, case, way):
         yield same_bits(value, before[name], f"{name} of the original after changing the copy")
 
 
-@statement(space=Space(), needs=(CONTRACT,))
+@statement(space=Space(), needs=(CONTRACT,), effort=0.5)
 def the_state_dict_names_every_tensor(subject, case):
     """The state_dict has every parameter and buffer once, and no other tensor's memory."""
     model = subject.build(case)
@@ -203,7 +201,7 @@ def a_missing_entry_is_refused(subject, case):
         yield holds(refused, f"load_state_dict {what}", "an exception", "it loads")
 
 
-@statement(space=Space(dtype=Choice("float32", "float64")))
+@statement(space=Space(dtype=Choice("float32", "float64")), effort=0.4)
 def building_draws_only_from_torch(subject, case):
     """Initial weights are a function of torch's generator alone, not of NumPy's or Python's."""
     states = []

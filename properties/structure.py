@@ -19,7 +19,7 @@ from rescnn_verify.space import INPUTS, Choice, Integers, Space
 from rescnn_verify.statement import statement
 
 
-@statement(space=Space(), needs=(HANDLES,), documented=True)
+@statement(space=Space(), needs=(HANDLES,), documented=True, effort=2)
 def a_dense_convolution_per_branch(subject, case):
     """Branch i is one dense convolution from all channels to its share of them."""
     for i, block in enumerate(subject.handles(subject.model(case), case)):
@@ -32,7 +32,7 @@ def a_dense_convolution_per_branch(subject, case):
             yield equal(tuple(branch.conv.dilation), (1,), f"dilation of {where}")
 
 
-@statement(space=Space(), needs=(HANDLES,), documented=True)
+@statement(space=Space(), needs=(HANDLES,), documented=True, effort=2)
 def a_dense_fusion(subject, case):
     """The fusion is one dense 1×1 convolution from all channels to all channels."""
     for i, block in enumerate(subject.handles(subject.model(case), case)):
@@ -41,7 +41,7 @@ def a_dense_fusion(subject, case):
         yield equal(block.fusion.conv.groups, 1, f"groups of the fusion of block {i}")
 
 
-@statement(space=Space(), needs=(HANDLES, BATCH_NORM), documented=True)
+@statement(space=Space(), needs=(HANDLES, BATCH_NORM), documented=True, effort=1.5)
 def a_batch_norm_per_convolution(subject, case):
     """Behind every convolution stands an affine batch norm with running statistics.
 
@@ -57,7 +57,7 @@ def a_batch_norm_per_convolution(subject, case):
             yield equal(norm.momentum, nn.BatchNorm1d(1).momentum, f"momentum of {where}")
 
 
-@statement(space=Space(), needs=(HANDLES,), documented=True)
+@statement(space=Space(), needs=(HANDLES,), documented=True, effort=2)
 def blocks_are_separate(subject, case):
     """There are num_blocks blocks, and no two layers share a parameter or a buffer."""
     model = subject.model(case)
@@ -74,7 +74,7 @@ def blocks_are_separate(subject, case):
     yield equal(distinct, len(tensors), "distinct parameters and buffers among the blocks' layers")
 
 
-@statement(space=Space(), needs=(CONTRACT,), documented=True)
+@statement(space=Space(), needs=(CONTRACT,), documented=True, effort=3)
 def parameter_count_is_the_formula(subject, case):
     """Per block Σᵢ wᵢ(C·kᵢ + 2) + C(C + 2) parameters, and a bias for each convolution with one."""
     model = subject.model(case)
@@ -135,7 +135,7 @@ def dropout_acts_on_whole_channels(subject, case):
         )
 
 
-@statement(space=Space(), needs=(CONTRACT,))
+@statement(space=Space(), needs=(CONTRACT,), effort=0.2)
 def constructor_defaults(subject, case):
     """Left out, kernel_sizes is (3, 5, 7), dropout 0.1 and, for a stack, num_blocks 3, channels 512.
 

@@ -43,8 +43,8 @@ class Profile:
 
 
 PROFILES = {
-    "quick": Profile(sampled=20, drawn=5, shrinking=1.0),
-    "default": Profile(sampled=130, drawn=20, shrinking=2.0),
+    "quick": Profile(sampled=16, drawn=4, shrinking=1.0),
+    "default": Profile(sampled=85, drawn=15, shrinking=2.0),
     "thorough": Profile(sampled=1500, drawn=300, shrinking=20.0),
 }
 
@@ -209,7 +209,7 @@ def _first_failure(
             raise
 
     run = settings(
-        max_examples=profile.drawn,
+        max_examples=max(1, round(profile.drawn * prop.effort)),
         phases=[Phase.generate],
         database=None,
         deadline=None,
@@ -222,7 +222,7 @@ def _first_failure(
         if prop.documented and target.follows_contract:
             examine((documented_case(target),))
         draw = RandomDraw(seed)
-        for _ in range(profile.sampled):
+        for _ in range(round(profile.sampled * prop.effort)):
             with suppress(NoCase):
                 examine(draw_trial(draw, space, work=prop.work))
         hypothesis_seed(seed)(run)()

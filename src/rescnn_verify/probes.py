@@ -93,24 +93,23 @@ def reach(place: int, before: int, after: int, length: int) -> np.ndarray:
 def randomise(model: nn.Module, rng: np.random.Generator) -> None:
     """Random weights and statistics in every parameter, norm scales of both signs.
 
-    Weights are scaled by the fan-in, so that activations stay of order one at any depth.
+    Weights are uniform with variance 1/fan-in, so that activations stay of order one at any depth.
     """
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, _NormBase):
-                set_norm(
-                    module,
-                    scale=rng.uniform(0.5, 1.5, module.num_features)
-                    * rng.choice([-1, 1, 1], module.num_features),
-                    shift=rng.normal(0, 0.5, module.num_features),
-                    mean=rng.normal(0, 0.5, module.num_features),
-                    variance=rng.uniform(0.5, 2, module.num_features),
-                )
-                continue
-            for parameter in module.parameters(recurse=False):
-                fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
-                draw = rng.standard_normal(tuple(parameter.shape)) / np.sqrt(max(1, fan_in))
-                fill(parameter, draw)
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            n = module.num_features
+            set_norm(
+                module,
+                scale=rng.uniform(0.5, 1.5, n) * np.where(rng.random(n) < 0.3, -1, 1),
+                shift=rng.uniform(-1, 1, n),
+                mean=rng.uniform(-1, 1, n),
+                variance=rng.uniform(0.5, 2, n),
+            )
+            continue
+        for parameter in module.parameters(recurse=False):
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+            width = np.sqrt(3 / max(1, fan_in))
+            fill(parameter, rng.uniform(-width, width, tuple(parameter.shape)))
 
 
 def set_norm(
@@ -126,7 +125,7 @@ def set_norm(
     pairs += ((norm.running_mean, mean), (norm.running_var, variance))  # type: ignore[assignment]
     for tensor, value in pairs:
         if tensor is not None:
-            fill(tensor, np.broadcast_to(value, tuple(tensor.shape)))
+            fill(tensor, np.full(tensor.shape[0], value))
 
 
 def make_positive(blocks: tuple[BlockHandles, ...], rng: np.random.Generator) -> None:
@@ -220,4 +219,4 @@ def _zero_bias(layer: ConvNorm) -> None:
 def fill(tensor: Tensor, values: np.ndarray) -> None:
     """Writes float64 values into a parameter or buffer of any dtype and device."""
     with torch.no_grad():
-        tensor.copy_(torch.from_numpy(np.array(values, dtype=np.float64)))
+        tensor.copy_(torch.from_numpy(np.asarray(values, dtype=np.float64)))

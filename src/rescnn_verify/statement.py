@@ -45,9 +45,11 @@ class Property:
             `Falsified` when the statement is false.
         space: the cases for which the statement is claimed of any target; a target narrows it.
         needs: what a target must promise; otherwise the property is not applicable.
-        evidence: ``"exact"`` (bitwise), ``"bounded"`` (within a derived bound) or ``"statistical"``.
+        evidence: ``"exact"`` (bitwise), ``"bounded"`` (by a derived bound) or ``"statistical"``.
         documented: whether the documented 512-channel stack is always among its cases.
         work: most multiply-adds that a forward pass of one case may cost.
+        effort: how many times a profile's number of trials; cheap ones afford more, and what
+            would take longest gets by with fewer.
     """
 
     check: Check
@@ -56,6 +58,7 @@ class Property:
     evidence: str
     documented: bool
     work: int
+    effort: float
 
     @property
     def family(self) -> str:
@@ -97,11 +100,12 @@ def statement(
     evidence: str = "exact",
     documented: bool = False,
     work: int = WORK,
+    effort: float = 1.0,
 ) -> Callable[[Check], Property]:
-    """Makes a generator function of (subject, case) a `Property`; its docstring is the statement."""
+    """Makes a generator function of (subject, case) a `Property`, its docstring the statement."""
 
     def wrap(check: Check) -> Property:
-        return Property(check, space, needs, evidence, documented, work)
+        return Property(check, space, needs, evidence, documented, work, effort)
 
     return wrap
 
