@@ -139,7 +139,7 @@ def check(
     except OSError as error:
         click.echo(f"warning: cannot write witnesses to {witnesses}: {error.strerror}", err=True)
     seconds = time.perf_counter() - start
-    report.print_report(Console(), plan, outcomes, seconds, written)
+    report.print_report(report.console(), plan, outcomes, seconds, written)
     if json_file:
         try:
             report.write_json(json_file, report.to_json(plan, outcomes, seconds, written))
@@ -169,7 +169,7 @@ def replay(files: tuple[Path, ...], target: str | None) -> None:
     from rescnn_verify.witness import Witness, WitnessError
     from rescnn_verify.witness import replay as run
 
-    console = Console()
+    console = report.console()
     reproduced = 0
     for path in files:
         try:
@@ -193,7 +193,7 @@ def replay(files: tuple[Path, ...], target: str | None) -> None:
 @click.option("-k", "expression", metavar="EXPR", help="Only properties whose names match.")
 def list_properties(expression: str | None) -> None:
     """Show each property with its statement and what it needs of a target."""
-    from rescnn_verify import campaign
+    from rescnn_verify import campaign, report
 
     try:
         properties = campaign.select(expression)
@@ -206,7 +206,7 @@ def list_properties(expression: str | None) -> None:
     for prop in properties:
         needs = ", ".join(need.name for need in prop.needs) or "nothing"
         table.add_row(prop.name, escape(prop.title), needs)
-    Console().print(table)
+    report.console().print(table)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ __all__ = [
     "Comparison",
     "Falsified",
     "attempt",
+    "describe",
     "equal",
     "holds",
     "refuses",
@@ -124,7 +125,7 @@ def attempt(what: str, action: Callable[[], Any]) -> Any:
     except Falsified:
         raise
     except Exception as error:
-        raise Falsified(what, "no exception", _describe(error)) from error
+        raise Falsified(what, "no exception", describe(error)) from error
 
 
 def refuses(
@@ -141,11 +142,12 @@ def refuses(
         return error
     except Exception as error:
         names = " or ".join(kind.__name__ for kind in errors)
-        raise Falsified(what, f"{names}, or no exception", _describe(error)) from error
+        raise Falsified(what, f"{names}, or no exception", describe(error)) from error
     return None
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """An exception in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
@@ -15,7 +15,7 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky, Unsatisfiable
 
 from rescnn_verify.case import Case, Config
-from rescnn_verify.compare import Falsified
+from rescnn_verify.compare import Falsified, describe
 from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
 from rescnn_verify.shrinking import shrink
 from rescnn_verify.space import Choice, Space
@@ -112,11 +112,18 @@ def run_trial(
         if tally is not None:
             tally.cases += 1
             tally.architectures.add(case.config)
-        for comparison in prop.check(subject, case):
-            if tally is not None:
-                tally.assertions += 1
-                if comparison.ratio is not None:
-                    tally.worst_ratio = max(tally.worst_ratio or 0.0, comparison.ratio)
+        try:
+            for comparison in prop.check(subject, case):
+                if tally is not None:
+                    tally.assertions += 1
+                    if comparison.ratio is not None:
+                        tally.worst_ratio = max(tally.worst_ratio or 0.0, comparison.ratio)
+        except (Falsified, NotApplicable):
+            raise
+        except Exception as error:
+            if not _raised_in(error, target.source_files):
+                raise
+            raise Falsified("the target's code", "no exception", describe(error)) from error
 
 
 def check_property(
@@ -220,7 +227,7 @@ def _first_failure(
     )(given(trials(space, work=prop.work))(examine))
     try:
         if prop.documented and target.follows_contract:
-            examine((documented_case(target),))
+            examine((documented_case(target, space),))
         draw = RandomDraw(seed)
         for _ in range(round(profile.sampled * prop.effort)):
             with suppress(NoCase):
@@ -231,16 +238,21 @@ def _first_failure(
     return found
 
 
-def documented_case(target: Target) -> Case:
+def _raised_in(error: BaseException, files: frozenset[str]) -> bool:
+    """Whether an exception passed through code of one of the files."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.filename in files for frame in frames)
+
+
+def documented_case(target: Target, space: Space) -> Case:
     """The documented configuration: 512 channels, kernels 3, 5 and 7, length 960."""
-    return Case(
+    case = Case(
         channels=512,
         num_blocks=3 if target.kind == "stack" else 1,
         kernel_sizes=(3, 5, 7),
         dropout=0.1,
-        batch=1,
-        length=960,
     )
+    return replace(case, length=960) if space.get("length") else case
 
 
 def _seed_for(prop: Property, seed: int) -> int:

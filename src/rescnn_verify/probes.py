@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -107,7 +109,7 @@ def randomise(model: nn.Module, rng: np.random.Generator) -> None:
             )
             continue
         for parameter in module.parameters(recurse=False):
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+            fan_in = math.prod(parameter.shape[1:]) if parameter.dim() > 1 else 4
             width = np.sqrt(3 / max(1, fan_in))
             fill(parameter, rng.uniform(-width, width, tuple(parameter.shape)))
 

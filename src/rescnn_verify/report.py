@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,6 +23,7 @@ from rescnn_verify.witness import Witness, versions
 
 __all__ = [
     "COULD_NOT_RUN",
+    "console",
     "environment_of",
     "exit_code",
     "print_report",
@@ -117,11 +120,12 @@ def print_report(
     witnesses: dict[str, Path],
 ) -> None:
     """The table of properties, every falsification, and the verdict."""
-    table = Table(title=f"rescnn-verify check {escape(plan.target)}", title_justify="left")
-    table.add_column("property", overflow="fold")
+    title = f"rescnn-verify check {escape(plan.target)}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("property", overflow="fold", min_width=40)
     table.add_column("verdict")
     table.add_column("evidence")
-    for heading in ("cases", "assertions", "seconds"):
+    for heading in ("cases", "assertions", "s"):
         table.add_column(heading, justify="right")
     for outcome in outcomes:
         style = STYLES.get(outcome.verdict, "bold yellow")
@@ -174,7 +178,7 @@ def _evidence(outcome: Outcome) -> str:
     if outcome.verdict in (NOT_APPLICABLE, INTERNAL_ERROR):
         return ""
     if outcome.worst_ratio is not None:
-        return f"{outcome.evidence}, worst error/bound {outcome.worst_ratio:.2f}"
+        return f"{outcome.evidence} (worst {outcome.worst_ratio:.2f})"
     return outcome.evidence
 
 
@@ -189,6 +193,11 @@ def _summary(plan: Plan, outcomes: Sequence[Outcome], seconds: float) -> str:
         f"\n[{style}]{verdict}[/]: {parts}; sampled {cases} cases, {assertions} assertions, "
         f"{seconds:.1f} s (profile {plan.profile}, seed {plan.seed}, {plan.device})"
     )
+
+
+def console() -> Console:
+    """Standard output; wide enough for the table when it is not a terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def _print(console: Console, text: str) -> None:

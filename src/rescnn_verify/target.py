@@ -126,6 +126,23 @@ class Target:
         """Whether it is a class held to the whole reference contract."""
         return self.kind in ("stack", "block")
 
+    @property
+    def source_files(self) -> frozenset[str]:
+        """The files of the target's own code, as tracebacks name them."""
+        if self.constructor is None:
+            return frozenset(map(_file_of, (self.build, self.call))) - _FOREIGN
+        modules = (sys.modules.get(base.__module__) for base in self.constructor.__mro__)
+        files = {str(getattr(module, "__file__", "")) for module in modules}
+        return frozenset(file for file in files if file not in _FOREIGN)
+
+
+def _file_of(function: Callable[..., Any]) -> str:
+    return getattr(getattr(function, "__code__", None), "co_filename", "")
+
+
+#: Files in which an exception says nothing about the target.
+_FOREIGN = {"", str(nn.modules.module.__file__), __file__}
+
 
 def load(spec: str) -> Target:
     """The target that ``package.module:Attr`` or ``path/file.py:Attr`` names.

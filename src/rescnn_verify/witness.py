@@ -107,7 +107,11 @@ class Witness:
 
     def python(self) -> str:
         """Lines of plain Python that raise `Falsified` again."""
-        cases = ", ".join(repr(json.loads(case.dumps())) for case in self.trial)
+        usual = Case().to_json() | {"version": None}
+        cases = ", ".join(
+            repr({key: value for key, value in case.to_json().items() if value != usual[key]})
+            for case in self.trial
+        )
         return (
             "from rescnn_verify.witness import reproduce\n"
             f"reproduce({self.property!r}, {self.target!r}, {cases})"

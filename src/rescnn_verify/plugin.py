@@ -1,0 +1,135 @@
+"""The pytest plugin: ``pytest properties --target package.module:Attr``.
+
+Every property is a test item of the module that states it. Importing the plugin imports neither
+torch nor Hypothesis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from rescnn_verify.statement import Property
+    from rescnn_verify.target import Target
+
+_PROPERTIES = "rescnn_verify.properties"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("rescnn-verify")
+    group.addoption(
+        "--target",
+        metavar="TARGET",
+        default="rescnn:ResCNNStack",
+        help="the implementation to check: package.module:Attr or path/file.py:Attr",
+    )
+    group.addoption(
+        "--verify-profile",
+        choices=("quick", "default", "thorough"),
+        default="default",
+        help="how long to search",
+    )
+    group.addoption("--verify-seed", type=int, default=0, help="another seed tries other cases")
+    group.addoption("--verify-device", choices=("cpu", "cuda"), default="cpu")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if not any("properties" in str(argument) for argument in config.args):
+        return None
+    import torch
+
+    return (
+        f"target: {config.getoption('--target')}, profile {config.getoption('--verify-profile')}, "
+        f"seed {config.getoption('--verify-seed')}, {config.getoption('--verify-device')}, "
+        f"torch {torch.__version__}"
+    )
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    package = file_path.parent / "__init__.py"
+    if file_path.stem.startswith(("_", "conftest")) or not package.is_file():
+        return None
+    properties = find_spec(_PROPERTIES)
+    if properties is None or properties.origin is None or not package.samefile(properties.origin):
+        return None
+    return PropertyFile.from_parent(parent, path=file_path)
+
+
+class PropertyFile(pytest.File):
+    """A module of the properties folder."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        from rescnn_verify.statement import all_properties
+        from rescnn_verify.target import TargetError
+
+        try:
+            _target(self.config)
+        except TargetError as error:
+            raise self.CollectError(str(error)) from None
+
+        for prop in all_properties():
+            if prop.family == self.path.stem:
+                name = prop.name.partition(".")[2]
+                yield PropertyItem.from_parent(self, name=name, prop=prop)
+
+
+class PropertyItem(pytest.Item):
+    """One property, checked against the target of the command line."""
+
+    def __init__(self, *, prop: Property, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.prop = prop
+
+    def runtest(self) -> None:
+        from rescnn_verify import engine
+
+        outcome = engine.check_property(
+            self.prop,
+            _target(self.config),
+            profile=engine.PROFILES[self.config.getoption("--verify-profile")],
+            seed=self.config.getoption("--verify-seed"),
+            device=self.config.getoption("--verify-device"),
+        )
+        if outcome.verdict == engine.NOT_APPLICABLE:
+            pytest.skip(f"not applicable: {outcome.reason}")
+        if outcome.verdict != engine.HELD:
+            raise _NotHeld(outcome)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        if not isinstance(excinfo.value, _NotHeld):
+            return super().repr_failure(excinfo, style)
+        from rescnn_verify import report
+
+        outcome = excinfo.value.outcome
+        witness = report.witness_of(outcome, self.config.getoption("--target"))
+        if witness is None:
+            return f"{outcome.verdict}: {outcome.name}\n{outcome.reason or outcome.got}"
+        return (
+            f"falsified: {self.prop.title}\n\n{outcome.what}\n  expected  {outcome.expected}\n"
+            f"  got       {outcome.got}\n  case      {witness.case}\n\n{witness.python()}"
+        )
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        return self.path, None, self.prop.name
+
+
+class _NotHeld(AssertionError):
+    def __init__(self, outcome: Any) -> None:
+        super().__init__(outcome.name)
+        self.outcome = outcome
+
+
+_TARGET = pytest.StashKey["Target"]()
+
+
+def _target(config: pytest.Config) -> Target:
+    from rescnn_verify.target import load
+
+    if _TARGET not in config.stash:
+        config.stash[_TARGET] = load(config.getoption("--target"))
+    return config.stash[_TARGET]

@@ -1,0 +1,248 @@
+"""Comparisons hold, or say what was expected and what was got."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from rescnn_verify.compare import (
+    Comparison,
+    Falsified,
+    attempt,
+    equal,
+    holds,
+    refuses,
+    same_bits,
+    within,
+)
+
+NAN, INF = math.nan, math.inf
+
+
+def falsification(action):
+    """The error of a comparison that must not hold."""
+    with pytest.raises(Falsified) as found:
+        action()
+    return found.value
+
+
+def test_a_true_condition_holds():
+    assert holds(True, "the sum", "1", "2") == Comparison("the sum")
+
+
+def test_a_false_condition_says_what_was_expected_and_got():
+    error = falsification(lambda: holds(False, "the sum", "three", "four"))
+    assert (error.what, error.expected, error.got) == ("the sum", "three", "four")
+    assert str(error) == "the sum: expected three, got four"
+    assert isinstance(error, AssertionError)
+
+
+@pytest.mark.parametrize(
+    ("got", "expected"), [(3, 3), ((1, 2), (1, 2)), ("a", "a"), (2.0, 2), (None, None)]
+)
+def test_equal_values_are_equal(got, expected):
+    assert equal(got, expected, "the value") == Comparison("the value")
+
+
+@pytest.mark.parametrize(
+    ("got", "expected"), [(3, 4), ((1, 2), (1, 2, 3)), ("a", "b"), (NAN, NAN), (None, 0)]
+)
+def test_unequal_values_are_quoted(got, expected):
+    error = falsification(lambda: equal(got, expected, "the value"))
+    assert str(error) == f"the value: expected {expected!r}, got {got!r}"
+
+
+# --- bitwise -------------------------------------------------------------------------------------
+
+
+def tensor(*values, dtype=torch.float32):
+    return torch.tensor(values, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("got", "expected"),
+    [
+        ((1.0, -2.5), (1.0, -2.5)),
+        ((0.0, -0.0), (-0.0, 0.0)),
+        ((NAN, 1.0), (NAN, 1.0)),
+        ((NAN, -0.0, INF), (NAN, 0.0, INF)),
+        ((-INF,), (-INF,)),
+        ((), ()),
+    ],
+)
+def test_same_bits_holds_for_equal_values(dtype, got, expected):
+    there = tensor(*got, dtype=dtype)
+    assert same_bits(there, tensor(*expected, dtype=dtype), "out") == Comparison("out")
+    assert same_bits(there, np.array(expected, dtype=np.float64), "out") == Comparison("out")
+
+
+@pytest.mark.parametrize(
+    ("got", "expected"),
+    [(1.0, 2.0), (NAN, 1.0), (1.0, NAN), (INF, -INF), (INF, NAN), (1.0, 1.0 + 2**-23), (0.0, 1e-45)],
+)
+def test_same_bits_fails_for_any_difference(got, expected):
+    error = falsification(lambda: same_bits(tensor(7, got), tensor(7, expected), "out"))
+    assert error.what == "out at [1] (1 of 2 elements differ)"
+    assert error.expected == repr(tensor(expected).item())
+    assert error.got == repr(tensor(got).item())
+
+
+def test_same_bits_names_the_first_place_and_counts_the_others():
+    got, expected = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+    got[1, 0, 2] = got[1, 2, 3] = 5
+    error = falsification(lambda: same_bits(got, expected, "out"))
+    assert str(error) == "out at [1, 0, 2] (2 of 24 elements differ): expected 0.0, got 5.0"
+
+
+def test_same_bits_fails_for_another_shape():
+    error = falsification(lambda: same_bits(torch.zeros(2, 1), torch.zeros(1, 2), "out"))
+    assert str(error) == "out: expected float32 of shape (1, 2), got float32 of shape (2, 1)"
+    falsification(lambda: same_bits(torch.zeros(3), torch.zeros(1), "out"))
+    falsification(lambda: same_bits(torch.zeros(3), np.zeros((1, 3)), "out"))
+    falsification(lambda: same_bits(torch.zeros(0, 3), torch.zeros(0, 4), "out"))
+
+
+def test_same_bits_fails_for_another_dtype():
+    error = falsification(lambda: same_bits(tensor(1), tensor(1, dtype=torch.float64), "out"))
+    assert str(error) == "out: expected float64 of shape (1,), got float32 of shape (1,)"
+
+
+def test_same_bits_compares_integers_and_truth_values():
+    assert same_bits(torch.tensor([1, 2]), torch.tensor([1, 2]), "count")
+    assert falsification(lambda: same_bits(torch.tensor(3), torch.tensor(4), "count")).got == "3"
+    assert falsification(lambda: same_bits(torch.tensor(True), torch.tensor(False), "t")).got
+
+
+def test_same_bits_looks_at_values_whatever_the_memory():
+    x = torch.arange(6.0).reshape(2, 3)
+    assert same_bits(x.T.contiguous().T, x, "out")
+    assert same_bits(x.clone().requires_grad_(), x.numpy().astype(float), "out")
+    assert same_bits(torch.ones(1).expand(4), np.ones(8)[::2], "out")
+
+
+# --- bounded -------------------------------------------------------------------------------------
+
+
+def long(*values):
+    return np.array(values, dtype=np.longdouble)
+
+
+def test_within_returns_the_worst_ratio():
+    got = tensor(1.0, 2.5, -1.0, dtype=torch.float64)
+    found = within(got, long(1, 2, -1.25), long(1, 1, 1), "out")
+    assert found == Comparison("out", 0.5)
+
+
+def test_within_allows_the_bound_itself_and_no_more():
+    got = tensor(1.25, 1.5, dtype=torch.float64)
+    assert within(got, long(1, 1), long(1, 0.5), "out").ratio == 1
+    falsification(lambda: within(got, long(1, 1), long(1, 0.4999), "out"))
+
+
+def test_within_of_nothing_has_ratio_0():
+    assert within(torch.zeros(0, 2), np.zeros((0, 2)), np.zeros((0, 2)), "out").ratio == 0
+
+
+def test_within_of_an_exact_result_has_ratio_0():
+    assert within(tensor(1.0), long(1), long(0), "out").ratio == 0
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeWarning, reason="0/0 beside a failing element")
+@pytest.mark.filterwarnings("error")
+def test_within_fails_without_a_warning():
+    falsification(lambda: within(tensor(1.0, 2.0), long(1, 1), long(0, 0.5), "out"))
+
+
+def test_within_sees_less_than_a_unit_in_the_last_place():
+    got, expected = tensor(1.0, dtype=torch.float64), long(1) + np.longdouble(2) ** -60
+    assert within(got, expected, long(2**-59), "out").ratio == 0.5
+    falsification(lambda: within(got, expected, long(2**-61), "out"))
+
+
+def test_within_quotes_the_worst_place():
+    got = tensor(1.0, 2.0, 9.0, 4.25, dtype=torch.float64)
+    error = falsification(lambda: within(got, long(1, 2, 3, 4), long(1, 1, 1, 0.125), "out"))
+    assert str(error) == (
+        "out at [2] (2 of 4 elements are off): expected 3.0 ± 1, got 9.0 (error 6)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "bound"),
+    [(NAN, 1.0, 1.0), (INF, 1.0, 1.0), (1.0, 1.0, NAN), (1.0, NAN, 1.0), (1.0, 1.0, -1.0)],
+)
+def test_within_fails_for_what_cannot_be_compared(got, expected, bound):
+    with np.errstate(invalid="ignore"):
+        error = falsification(lambda: within(tensor(got), long(expected), long(bound), "out"))
+    assert repr(float(got)) in error.got
+    assert repr(float(expected)) in error.expected
+
+
+def test_within_fails_for_another_shape():
+    error = falsification(lambda: within(torch.zeros(3), np.zeros(1), np.ones(1), "out"))
+    assert str(error) == "out: expected shape (1,), got shape (3,)"
+
+
+# --- the target's code ---------------------------------------------------------------------------
+
+
+def raiser(error):
+    def action():
+        raise error
+
+    return action
+
+
+def test_attempt_returns_the_result():
+    assert attempt("forward", lambda: 5) == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "got"),
+    [
+        (RuntimeError("bad  shape\n [2, 3]"), "RuntimeError: bad shape [2, 3]"),
+        (NotImplementedError(), "NotImplementedError"),
+        (KeyError("blocks"), "KeyError: 'blocks'"),
+        (AssertionError("odd"), "AssertionError: odd"),
+    ],
+)
+def test_attempt_turns_an_exception_into_a_falsification(error, got):
+    found = falsification(lambda: attempt("forward", raiser(error)))
+    assert str(found) == f"forward: expected no exception, got {got}"
+    assert found.__cause__ is error
+
+
+def test_attempt_leaves_a_falsification_as_it_is():
+    error = Falsified("inner", "a", "b")
+    assert falsification(lambda: attempt("forward", raiser(error))) is error
+
+
+def test_attempt_lets_an_interrupt_pass():
+    with pytest.raises(KeyboardInterrupt):
+        attempt("forward", raiser(KeyboardInterrupt()))
+
+
+def test_a_long_exception_is_cut():
+    assert len(falsification(lambda: attempt("f", raiser(ValueError("x" * 9999)))).got) < 400
+
+
+def test_refuses_returns_the_refusal():
+    error = ValueError("no")
+    assert refuses(raiser(error), (ValueError, TypeError), "building") is error
+    sub = UnicodeError("no")
+    assert refuses(raiser(sub), (ValueError,), "building") is sub
+
+
+def test_refuses_returns_none_when_nothing_is_refused():
+    assert refuses(lambda: 5, (ValueError,), "building") is None
+
+
+def test_refuses_fails_for_another_kind_of_error():
+    error = IndexError("tuple index")
+    found = falsification(lambda: refuses(raiser(error), (ValueError, TypeError), "building"))
+    assert str(found) == (
+        "building: expected ValueError or TypeError, or no exception, got IndexError: tuple index"
+    )
+    assert found.__cause__ is error
