@@ -4,8 +4,7 @@ from dataclasses import replace
 
 from monai.networks.blocks import ResidualUnit, SimpleASPP
 
-from rescnn_verify import Space, Target, Traits
-from rescnn_verify.space import Choice, Integers, Lists
+from rescnn_verify import Choice, Integers, Lists, Space, Target, Traits
 
 # NotImplementedError is how monai refuses a kernel for which no padding keeps the length.
 ERRORS = (ValueError, TypeError, NotImplementedError)

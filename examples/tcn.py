@@ -5,8 +5,7 @@ from dataclasses import replace
 import torch
 from pytorch_tcn import TCN
 
-from rescnn_verify import Space, Target, Traits
-from rescnn_verify.space import Choice, Integers, Lists
+from rescnn_verify import Choice, Integers, Lists, Space, Target, Traits
 
 
 def build(config, causal=True, norm="weight_norm"):

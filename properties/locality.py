@@ -18,6 +18,7 @@ def a_changed_position_stays_in_its_window(subject, case):
     Bitwise for any weights, since the shape and with it the kernel chosen is the same. Positions
     are changed at both ends and between them, by a little and by a lot.
     """
+    subject.same_length(case)
     left, right = subject.target.receptive_field(case.config)
     x = case.rng("input").standard_normal(case.shape)
     model, out = _run(subject, case, x)

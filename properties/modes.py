@@ -44,10 +44,13 @@ def eval_remembers_no_earlier_call(subject, case):
     for i in range(case["shapes"]):
         randomise(used, rng)
         shape = {"batch": int(rng.integers(2, 5)), "length": int(rng.integers(1, 2 * case.field))}
+        earlier = replace(case, **shape)
+        if earlier not in subject.target.space:
+            earlier = case
         for mode in ("eval", "train", "eval"):
             subject.set_mode(used, mode)
             with torch.no_grad():
-                subject(used, normal_input(replace(case, **shape), f"earlier {i}"))
+                subject(used, normal_input(earlier, f"earlier {i}"))
     x = normal_input(case)
     with torch.no_grad():
         subject(used, x)
@@ -106,7 +109,8 @@ def one_value_per_channel_cannot_train(subject, case):
     x = normal_input(case)
     if case.mode == "eval":
         with torch.no_grad():
-            yield equal(tuple(subject(model, x).shape), case.shape, "output shape in eval mode")
+            out = subject(model, x)
+        yield equal(tuple(out.shape), subject.output_shape(case), "output shape in eval mode")
         return
     error = refuses(lambda: subject.target.call(model, x), (Exception,), "forward")
     yield holds(

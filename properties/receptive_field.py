@@ -41,8 +41,10 @@ def a_nan_reaches_exactly_its_window(subject, case):
 
     NaN survives multiplication by 0, so this sees every term, also one that is multiplied by zero
     or averaged over all positions. Both ends are always among the positions: padding other than
-    by zeros shows only there. Row i holds one NaN, and the other rows do not see it.
+    by zeros shows only there. Row i holds one NaN, and the other rows do not see it. Of a field
+    that is not dense only the two ends must see it, besides nothing outside.
     """
+    subject.same_length(case)
     left, right = subject.target.receptive_field(case.config)
     model = subject.model(case)
     randomise(model, case.rng("weights"))
@@ -54,6 +56,11 @@ def a_nan_reaches_exactly_its_window(subject, case):
     for row, place in enumerate(places):
         window = torch.from_numpy(reach(place, left, right, case.length))
         seen = torch.isnan(out[row]).any(dim=0)
+        if not subject.target.traits.dense_field:
+            ends = [t for t in (place - right, place + left) if 0 <= t < case.length]
+            blind = [t for t in ends if not seen[t]]
+            yield equal(blind, [], f"ends of the window that do not see NaN at position {place}")
+            seen = seen | window
         yield same_bits(seen, window, f"outputs that see NaN at position {place}")
         everywhere = torch.isnan(out[row]).all(dim=0)
         if subject.target.follows_contract:

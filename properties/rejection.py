@@ -10,8 +10,9 @@ from rescnn_verify.case import Config
 from rescnn_verify.compare import attempt, equal, holds, refuses, same_bits
 from rescnn_verify.needs import CHECKED_INPUT, CONTRACT, DIRECT, NONFINITE, REFUSALS
 from rescnn_verify.probes import as_input, positions, randomise
-from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Space
+from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Lists, Space
 from rescnn_verify.statement import statement
+from rescnn_verify.subject import NotApplicable
 
 NO_VALUE = (
     ("channels", 0), ("channels", -4), ("channels", True), ("channels", 8.0), ("channels", 6.5),
@@ -30,15 +31,19 @@ UNUSUAL = (
 )  # fmt: skip
 
 
-def _stack_only(case):
-    return case["invalid"][0] != "num_blocks" or case.num_blocks > 1
+def _has_argument(target, invalid):
+    """Whether the target's space names the argument (a block has no number of blocks)."""
+    kind, value = invalid
+    if kind == "num_blocks":
+        return target.space.get(kind) not in (None, Choice(1))
+    if kind in ("kernel_sizes", "one kernel"):
+        kernels = target.space.get("kernel_sizes")
+        return isinstance(kernels, Lists) and (value != () or kernels.high > 1)
+    return target.space.get(kind) is not None
 
 
 @statement(
-    space=Space(
-        invalid=Choice(*NO_VALUE),
-        where=(Constraint("num_blocks of a stack only", _stack_only),),
-    ),
+    space=Space(invalid=Choice(*NO_VALUE)),
     needs=(REFUSALS,),
     effort=6,
 )
@@ -48,6 +53,8 @@ def impossible_arguments_are_refused(subject, case):
     That is: a non-positive or non-integer count or kernel (a bool is not an integer), no kernel, a
     dropout outside [0, 1] or NaN. The error is one of the target's declared types.
     """
+    if not _has_argument(subject.target, case["invalid"]):
+        return
     config, names, value = _invalid(case)
     what = f"building {_say(config)}"
     error = refuses(lambda: subject.target.build(config), subject.target.errors, what)
@@ -211,6 +218,8 @@ def nan_and_infinity_come_out(subject, case):
     The residual carries the value there, and whatever the fusion adds, inf − inf included, stays
     non-finite. (−inf may vanish: its ReLU is 0.)
     """
+    if subject.output_shape(case) != case.shape:
+        raise NotApplicable("the output has another shape than the input")
     model = subject.model(case)
     randomise(model, case.rng("weights"))
     values = case.rng("input").standard_normal(case.shape)

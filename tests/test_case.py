@@ -103,6 +103,11 @@ def test_key_order_is_irrelevant():
     assert Case.from_json(turned).dumps() == Case.from_json(data).dumps()
 
 
+def test_text_names_the_fields_in_alphabetical_order():
+    names = list(json.loads(VALID["every field"].dumps()))
+    assert names == sorted(names)
+
+
 def test_text_keeps_the_order_of_kernels():
     assert Case(kernel_sizes=(3, 5)).dumps() != Case(kernel_sizes=(5, 3)).dumps()
 

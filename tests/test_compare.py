@@ -80,7 +80,15 @@ def test_same_bits_holds_for_equal_values(dtype, got, expected):
 
 @pytest.mark.parametrize(
     ("got", "expected"),
-    [(1.0, 2.0), (NAN, 1.0), (1.0, NAN), (INF, -INF), (INF, NAN), (1.0, 1.0 + 2**-23), (0.0, 1e-45)],
+    [
+        (1.0, 2.0),
+        (NAN, 1.0),
+        (1.0, NAN),
+        (INF, -INF),
+        (INF, NAN),
+        (1.0, 1.0 + 2**-23),
+        (0.0, 1e-45),
+    ],
 )
 def test_same_bits_fails_for_any_difference(got, expected):
     error = falsification(lambda: same_bits(tensor(7, got), tensor(7, expected), "out"))

@@ -280,6 +280,11 @@ def test_options_and_further_factors_are_drawn_and_sorted():
     assert case.extra == (("y", 4), ("z", 3))
 
 
+def test_listed_channels_are_drawn_with_one_for_each_branch():
+    space = ARCHITECTURES.narrow(channels=Choice(2, 6))
+    assert [case for [case] in drawn(space, 200) if case not in space] == []
+
+
 def test_a_space_without_a_case_is_given_up():
     with pytest.raises(NoCase):
         draw_trial(RandomDraw(0), Space(where=(Constraint("never", lambda case: False),)))

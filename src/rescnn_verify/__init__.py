@@ -13,8 +13,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BlockHandles": "rescnn_verify.handles",
     "Case": "rescnn_verify.case",
+    "Choice": "rescnn_verify.space",
     "Config": "rescnn_verify.case",
+    "Constraint": "rescnn_verify.space",
     "ConvNorm": "rescnn_verify.handles",
+    "Floats": "rescnn_verify.space",
+    "Integers": "rescnn_verify.space",
+    "Lists": "rescnn_verify.space",
     "Space": "rescnn_verify.space",
     "Target": "rescnn_verify.target",
     "Traits": "rescnn_verify.target",

@@ -19,9 +19,9 @@ from rescnn_verify.compare import Falsified, describe
 from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
 from rescnn_verify.shrinking import shrink
 from rescnn_verify.space import Choice, Space
-from rescnn_verify.statement import NotApplicable, Property
+from rescnn_verify.statement import Property
 from rescnn_verify.strategies import trials
-from rescnn_verify.subject import Subject, environment
+from rescnn_verify.subject import NotApplicable, Subject, environment
 from rescnn_verify.target import Target
 
 __all__ = ["PROFILES", "Outcome", "Profile", "Tally", "check_property", "run_trial"]

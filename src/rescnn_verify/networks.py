@@ -44,8 +44,8 @@ def certify(
 ) -> Certified | None:
     """Writes a random integer network that is certified for the case's dtype into a model.
 
-    Inputs are as large as the certificate allows in a third of the cases, so that clamps and
-    saturation show. Where the first network needs too many bits, sparser ones are tried.
+    In half of the cases the inputs, or one parameter of one layer, are as large as the certificate
+    allows, so that clamps, saturation and shortened significands show. Where the first network needs too many bits, sparser ones are tried.
 
     Args:
         blocks: the model's handles.
@@ -60,24 +60,46 @@ def certify(
     rng = case.rng("integer network")
     fraction = 0.5 if kinkless else 1.0
     for density in (float(rng.choice([1.0, 0.5, 0.25])), 0.1, 0.03):
-        network = _integer_network(blocks, case.dtype, rng, density, fraction)
+        small = _integer_network(blocks, case.dtype, rng, density, fraction)
         x, v = _data(case, 1)
-        expected = exact_pass(network, x, v, fraction=fraction)
-        room = limit - getattr(expected, bits)
+        room = limit - getattr(exact_pass(small, x, v, fraction=fraction), bits)
         if room < 0:
             continue
+        grown = str(rng.choice(["input", "input", "weight", "bias", "mean", "shift"]))
+        place = int(rng.integers(len(blocks))), int(rng.integers(len(blocks[0].layers)))
         most = min(int(room), 30)
-        exponent = int(rng.choice([0, most, rng.integers(0, most + 1)]))
-        while exponent > 0:
-            larger, v = _data(case, 2**exponent)
-            attempt = exact_pass(network, larger, v, fraction=fraction)
-            if getattr(attempt, bits) <= limit:
-                x, expected = larger, attempt
-                break
+        exponent = int(rng.choice([0, most, most, rng.integers(0, most + 1)]))
+        while True:
+            network = small
+            if grown == "input":
+                x, v = _data(case, 2**exponent)
+            elif exponent > 0:
+                network = _grow(small, place, grown, case, exponent)
+            expected = exact_pass(network, x, v, fraction=fraction)
+            if getattr(expected, bits) <= limit:
+                write_network(network, blocks)
+                return Certified(network, x, v, expected)
             exponent -= 1
-        write_network(network, blocks)
-        return Certified(network, x, v, expected)
     return None
+
+
+def _grow(
+    network: tuple[Block, ...], place: tuple[int, int], field: str, case: Case, exponent: int
+) -> tuple[Block, ...]:
+    """The network with large integers in one parameter of one layer.
+
+    Integer multiples leave every unit, and with them the certificate, as they are.
+    """
+    block, index = network[place[0]], place[1]
+    layers = [*block.branches, block.fusion]
+    values = getattr(layers[index], field)
+    size = 2**exponent
+    factors = case.rng("large integers").integers(-size, size + 1, values.shape)
+    if field == "shift":
+        factors = 2 * (factors // 2) + 1  # an odd multiple stays an odd multiple
+    layers[index] = replace(layers[index], **{field: values * factors})
+    changed = Block(tuple(layers[:-1]), layers[-1])
+    return (*network[: place[0]], changed, *network[place[0] + 1 :])
 
 
 def _data(case: Case, most: int) -> tuple[np.ndarray, np.ndarray]:

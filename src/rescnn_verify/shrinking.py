@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from rescnn_verify.case import Case
-from rescnn_verify.space import Choice, Factor, Integers, Lists, Space, architectural, value
+from rescnn_verify.space import Choice, Factor, Floats, Integers, Lists, Space, architectural, value
 
 __all__ = ["shrink"]
 
@@ -76,6 +76,9 @@ def _simpler_values(current: Any, factor: Factor) -> Iterator[Any]:
         )
         if gap > 0:
             yield current - 1
+    elif isinstance(factor, Floats):
+        rounded = (factor.low, *(float(f"{current:.{digits}g}") for digits in (1, 2)))
+        yield from (number for number in rounded if number != current and number in factor)
     elif isinstance(factor, Lists):
         if len(current) > factor.low:
             yield from (current[:i] + current[i + 1 :] for i in range(len(current)))

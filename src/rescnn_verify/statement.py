@@ -14,13 +14,9 @@ from rescnn_verify.space import Space, SpaceError
 from rescnn_verify.subject import Subject
 from rescnn_verify.target import Target
 
-__all__ = ["Need", "NotApplicable", "Property", "all_properties", "statement"]
+__all__ = ["Need", "Property", "all_properties", "statement"]
 
 Check = Callable[[Subject, Case], Iterator[Comparison]]
-
-
-class NotApplicable(Exception):
-    """The target does not support what the property needs, which only running it could tell."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from rescnn_verify.compare import Falsified, attempt
 from rescnn_verify.handles import BlockHandles
 from rescnn_verify.target import Target
 
-__all__ = ["DTYPES", "Subject", "environment", "onednn", "seed_everything"]
+__all__ = ["DTYPES", "NotApplicable", "Subject", "environment", "onednn", "seed_everything"]
 
 DTYPES = {
     "float64": torch.float64,
@@ -24,6 +25,10 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+
+class NotApplicable(Exception):
+    """The target does not support what a property needs, which only running it could tell."""
 
 
 class Subject:
@@ -95,6 +100,19 @@ class Subject:
             raise Falsified("gradient at the input", "a tensor", "None")
         return out.detach(), leaf.grad
 
+    def output_shape(self, case: Case) -> tuple[int, ...]:
+        """The output's promised shape."""
+        return tuple(self.target.output_shape(case.config, case.shape))
+
+    def same_length(self, case: Case) -> None:
+        """For statements that set output positions beside input positions.
+
+        Raises:
+            NotApplicable: the target promises an output of another length.
+        """
+        if self.output_shape(case)[2] != case.length:
+            raise NotApplicable("the output has another length than the input")
+
     def handles(self, model: nn.Module, case: Case) -> tuple[BlockHandles, ...]:
         """The convolutions and norms of each block; for properties that need handles."""
         find = self.target.handles
@@ -162,14 +180,16 @@ def seed_everything(seed: int) -> None:
 
 
 class _Saved:
-    """A parameter or buffer with the value and flags it had."""
+    """A parameter or buffer with its place, and the value and flags it had."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, owner: dict[str, Any], name: str, tensor: Tensor) -> None:
+        self.owner, self.name = owner, name
         self.tensor = tensor
         self.value = tensor.detach().clone()
         self.requires_grad = tensor.requires_grad
 
     def restore(self) -> None:
+        self.owner[self.name] = self.tensor
         self.tensor.copy_(self.value)
         self.tensor.grad = None
         if self.tensor.requires_grad != self.requires_grad:
@@ -177,7 +197,13 @@ class _Saved:
 
 
 def _save(model: nn.Module) -> list[_Saved]:
-    return [_Saved(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    return [
+        _Saved(owner, name, tensor)
+        for module in model.modules()
+        for owner in (module._parameters, module._buffers)
+        for name, tensor in owner.items()
+        if tensor is not None
+    ]
 
 
 def _seed_of(config: Config) -> int:

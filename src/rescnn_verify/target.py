@@ -42,6 +42,8 @@ class Traits:
         refuses_invalid: the constructor refuses what the contract says it cannot honour, or
             honours it fully.
         keeps_nonfinite: NaN or +inf at a position of the input leaves the output there non-finite.
+        dense_field: every position of the receptive field is seen, up to the ends of the input. A
+            dilated field has holes, and near the ends some of its paths may be cut.
         direct_convolution: no FFT or Winograd algorithm of its own; those are right and yet
             neither exact on integers nor local to the bit.
     """
@@ -54,6 +56,7 @@ class Traits:
     refuses_invalid: bool = False
     keeps_nonfinite: bool = False
     direct_convolution: bool = True
+    dense_field: bool = False
 
 
 CONTRACT_TRAITS = Traits(
@@ -64,6 +67,7 @@ CONTRACT_TRAITS = Traits(
     checks_input=True,
     refuses_invalid=True,
     keeps_nonfinite=True,
+    dense_field=True,
 )
 
 

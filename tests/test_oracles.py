@@ -1,0 +1,755 @@
+"""The oracles agree with torch and with naive rational arithmetic, and their bounds are bounds."""
+
+import itertools
+import math
+from dataclasses import replace
+from decimal import Decimal, localcontext
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rescnn import ResCNNStack
+from rescnn_verify.case import Case
+from rescnn_verify.handles import contract_handles
+from rescnn_verify.networks import certify, make_real, values_of
+from rescnn_verify.oracles import (
+    SIGNIFICAND_BITS,
+    Block,
+    Layer,
+    exact_pass,
+    read_network,
+    real_pass,
+)
+from rescnn_verify.probes import as_input
+from rescnn_verify.subject import DTYPES, environment
+
+
+@pytest.fixture(autouse=True)
+def quiet_environment():
+    with environment():
+        yield
+
+
+def stack(case):
+    """A model of the bundled implementation and its handles."""
+    torch.manual_seed(case.seed)
+    model = ResCNNStack(case.channels, case.num_blocks, case.kernel_sizes, case.dropout)
+    model = model.to(DTYPES[case.dtype]).train(case.mode == "train")
+    return model, contract_handles(model, case)
+
+
+def layers_of(network):
+    return [layer for block in network for layer in (*block.branches, block.fusion)]
+
+
+def gradients_of(model_blocks):
+    for block in model_blocks:
+        for layer in block.layers:
+            yield layer.conv.weight, layer.conv.bias, layer.norm.weight, layer.norm.bias
+
+
+def parts(gradients):
+    """A layer's gradients in the order weight, bias, scale, shift."""
+    return gradients.weight, gradients.bias, gradients.scale, gradients.shift
+
+
+# --- integer networks against autograd -----------------------------------------------------------
+
+SHAPES = [
+    {"channels": 1, "kernel_sizes": (1,), "length": 1},
+    {"channels": 1, "kernel_sizes": (7,), "length": 3},
+    {"channels": 4, "kernel_sizes": (3,), "length": 9, "batch": 3},
+    {"channels": 7, "kernel_sizes": (3, 5, 7), "length": 20, "num_blocks": 2},
+    {"channels": 5, "kernel_sizes": (11, 1), "length": 4, "num_blocks": 2, "batch": 2},
+    {"channels": 8, "kernel_sizes": (3, 3, 5), "length": 33, "num_blocks": 3, "batch": 2},
+    {"channels": 6, "kernel_sizes": (1, 13, 3, 5), "length": 40, "layout": "strided"},
+    {"channels": 6, "kernel_sizes": (5, 3), "length": 10, "layout": "expanded", "batch": 3},
+]
+integer_cases = pytest.mark.parametrize(
+    "case",
+    [
+        Case(**shape, dtype=dtype, seed=seed)
+        for shape in SHAPES
+        for dtype in ("float64", "float32")
+        for seed in range(3)
+    ],
+    ids=str,
+)
+
+
+@integer_cases
+def test_integer_passes_equal_autograd_bit_for_bit(case):
+    model, blocks = stack(case)
+    found = certify(blocks, case, bits="weight_bits", kinkless=True)
+    if found is None:
+        assert case.dtype == "float32"
+        pytest.skip("needs more than 24 bits")
+    assert not found.expected.kink
+    x = as_input(case, found.x).detach().requires_grad_()
+    out = model(x)
+    out.backward(torch.from_numpy(found.v).to(out.dtype))
+    assert np.array_equal(out.detach().double().numpy(), found.expected.out)
+    assert np.array_equal(x.grad.double().numpy(), found.expected.input_gradient)
+    expected = itertools.chain.from_iterable(found.expected.gradients)
+    for parameters, gradients in zip(gradients_of(blocks), expected, strict=True):
+        for parameter, values in zip(parameters, parts(gradients), strict=True):
+            assert np.array_equal(parameter.grad.double().numpy(), values)
+
+
+def test_most_integer_networks_are_certified():
+    certified = 0
+    for seed in range(20):
+        case = Case(channels=6, kernel_sizes=(3, 5), length=20, num_blocks=2, seed=seed)
+        _, blocks = stack(case)
+        certified += certify(blocks, case, bits="forward_bits") is not None
+    assert certified == 20
+
+
+@pytest.mark.parametrize("dtype", SIGNIFICAND_BITS)
+def test_a_certified_network_is_exact_in_its_dtype(dtype):
+    certified = 0
+    for seed in range(10):
+        case = Case(channels=3, kernel_sizes=(3, 1), length=9, dtype=dtype, seed=seed)
+        model, blocks = stack(case)
+        if found := certify(blocks, case, bits="forward_bits"):
+            certified += 1
+            assert found.expected.forward_bits <= SIGNIFICAND_BITS[dtype]
+            with torch.no_grad():
+                out = model(as_input(case, found.x)).double().numpy()
+            assert np.array_equal(out, found.expected.out)
+    assert certified >= 5
+
+
+def test_the_network_is_the_one_in_the_model():
+    case = Case(channels=5, kernel_sizes=(3, 5), num_blocks=2, dtype="float64")
+    _, blocks = stack(case)
+    found = certify(blocks, case, bits="weight_bits")
+    for layer, again in zip(layers_of(found.network), layers_of(read_network(blocks)), strict=True):
+        for name in ("weight", "bias", "scale", "shift", "mean", "variance"):
+            assert np.array_equal(getattr(layer, name), getattr(again, name)), name
+        assert layer.eps == again.eps == nn.BatchNorm1d(1).eps
+
+
+# --- integer networks against rational arithmetic ------------------------------------------------
+
+
+class Dual:
+    """A rational number with its derivative by one variable."""
+
+    def __init__(self, value, slope=0):
+        self.value, self.slope = Fraction(value), Fraction(slope)
+
+    def __add__(self, other):
+        return Dual(self.value + other.value, self.slope + other.slope)
+
+    def __sub__(self, other):
+        return Dual(self.value - other.value, self.slope - other.slope)
+
+    def __mul__(self, other):
+        return Dual(self.value * other.value, self.slope * other.value + self.value * other.slope)
+
+    def relu(self):
+        return self if self.value > 0 else Dual(0)
+
+
+TINY = [
+    Case(channels=1, kernel_sizes=(3,), length=2, dtype="float64"),
+    Case(channels=2, kernel_sizes=(3,), length=3, dtype="float64", batch=2),
+    Case(channels=3, kernel_sizes=(1, 5), length=3, dtype="float64"),
+    Case(channels=2, kernel_sizes=(3, 1), length=2, dtype="float64", num_blocks=2),
+]
+tiny_cases = pytest.mark.parametrize("case", TINY, ids=str)
+
+
+def exact_root(variance):
+    root = math.isqrt(int(variance))
+    assert root * root == variance
+    return root
+
+
+class Network:
+    """The variables of an integer network as nested lists; one of them may vary."""
+
+    def __init__(self, network, x):
+        self.blocks = [
+            [
+                {name: as_lists(getattr(layer, name)) for name in NAMES}
+                | {"root": [exact_root(v) for v in layer.variance]}
+                for layer in (*block.branches, block.fusion)
+            ]
+            for block in network
+        ]
+        self.x = as_lists(x)
+
+    def forward(self):
+        x = self.x
+        for *branches, fusion in self.blocks:
+            inside = [naive_layer(branch, x, Dual) for branch in branches]
+            joined = [
+                [[v.relu() for v in row] for part in inside for row in part[b]]
+                for b in range(len(x))
+            ]
+            fused = naive_layer(fusion, joined, Dual)
+            x = [
+                [
+                    [(p + q).relu() for p, q in zip(*rows, strict=True)]
+                    for rows in zip(*pair, strict=True)
+                ]
+                for pair in zip(x, fused, strict=True)
+            ]
+        return x
+
+
+NAMES = ("weight", "bias", "scale", "shift", "mean")
+
+
+def as_lists(array, number=Dual):
+    if array.ndim == 0:
+        return number(float(array))
+    return [as_lists(part, number) for part in array]
+
+
+def naive_layer(layer, x, number):
+    """A convolution and its norm by the textbook, one term after the other."""
+    out = []
+    for rows in x:
+        out.append([])
+        for o, taps in enumerate(layer["weight"]):
+            row = []
+            for t in range(len(rows[0])):
+                total = layer["bias"][o]
+                for channel, values in enumerate(taps):
+                    for k, weight in enumerate(values):
+                        place = t + k - len(values) // 2
+                        if 0 <= place < len(rows[0]):
+                            total = total + weight * rows[channel][place]
+                inverse = number(Fraction(1, layer["root"][o]))
+                normal = (total - layer["mean"][o]) * inverse
+                row.append(normal * layer["scale"][o] + layer["shift"][o])
+            out[-1].append(row)
+    return out
+
+
+def leaves(nested):
+    if isinstance(nested, list):
+        for part in nested:
+            yield from leaves(part)
+    else:
+        yield nested
+
+
+def certified(case, seed):
+    case = replace(case, seed=seed)
+    _, blocks = stack(case)
+    found = certify(blocks, case, bits="weight_bits", kinkless=True)
+    assert found is not None
+    return found
+
+
+@tiny_cases
+@pytest.mark.parametrize("seed", range(3))
+def test_integer_outputs_equal_rational_arithmetic(case, seed):
+    found = certified(case, seed)
+    naive = Network(found.network, found.x).forward()
+    assert [v.value for v in leaves(naive)] == [Fraction(v) for v in found.expected.out.flat]
+
+
+@tiny_cases
+@pytest.mark.parametrize("seed", range(2))
+def test_integer_gradients_equal_rational_arithmetic(case, seed):
+    found = certified(case, seed)
+    variables = Network(found.network, found.x)
+    cotangent = [Fraction(v) for v in found.v.flat]
+
+    def derivatives(nested):
+        for variable in leaves(nested):
+            variable.slope = Fraction(1)
+            out = leaves(variables.forward())
+            yield sum(o.slope * v for o, v in zip(out, cotangent, strict=True))
+            variable.slope = Fraction(0)
+
+    expected = [Fraction(v) for v in found.expected.input_gradient.flat]
+    assert list(derivatives(variables.x)) == expected
+    for layers, gradients in zip(variables.blocks, found.expected.gradients, strict=True):
+        for layer, own in zip(layers, gradients, strict=True):
+            for name in ("weight", "bias", "scale", "shift"):
+                expected = [Fraction(v) for v in getattr(own, name).flat]
+                assert list(derivatives(layer[name])) == expected, name
+
+
+# --- the certificate -----------------------------------------------------------------------------
+
+
+def needed_bits(value):
+    """log2 of the least power-of-two multiple's integer: what a significand must hold."""
+    numerator = abs(Fraction(value).numerator)
+    if numerator == 0:
+        return 0.0
+    while numerator % 2 == 0:
+        numerator //= 2
+    return math.log2(numerator)
+
+
+def partial_sums(terms):
+    """The sums of all subsets: whatever a summation in any order can come across."""
+    sums = {Fraction(0)}
+    for term in terms:
+        sums |= {s + term for s in sums}
+    return sums
+
+
+def terms_of(weights, rows, t):
+    return [
+        weight * rows[channel][t + k - len(taps) // 2]
+        for channel, taps in enumerate(weights)
+        for k, weight in enumerate(taps)
+        if 0 <= t + k - len(taps) // 2 < len(rows[0])
+    ]
+
+
+def fractions_of(network):
+    blocks = []
+    for block in network:
+        blocks.append([])
+        for layer in (*block.branches, block.fusion):
+            own = {name: as_lists(getattr(layer, name), Fraction) for name in NAMES}
+            own["root"] = [exact_root(v) for v in layer.variance]
+            blocks[-1].append(own)
+    return blocks
+
+
+def layer_intermediates(layer, x):
+    """All that a layer's forward pass can come across, with its norm apart or folded in."""
+    for o, weights in enumerate(layer["weight"]):
+        bias, mean, shift = (layer[name][o] for name in ("bias", "mean", "shift"))
+        slope = layer["scale"][o] / layer["root"][o]
+        yield from (bias - mean, slope * (bias - mean), slope * (bias - mean) + shift)
+        yield shift - slope * mean
+        for rows in x:
+            for t in range(len(rows[0])):
+                terms = terms_of(weights, rows, t)
+                for z in partial_sums([*terms, bias]):
+                    yield z
+                    yield slope * z
+                whole = sum(terms, bias)
+                yield from (whole - mean, slope * (whole - mean), slope * (whole - mean) + shift)
+                folded = [slope * term for term in terms]
+                yield from partial_sums([*folded, slope * (bias - mean) + shift])
+                yield from partial_sums([*folded, slope * bias, -slope * mean, shift])
+
+
+def forward_intermediates(network, x):
+    x = as_lists(x, Fraction)
+    for *branches, fusion in fractions_of(network):
+        for branch in branches:
+            yield from layer_intermediates(branch, x)
+        inside = [naive_layer(branch, x, Fraction) for branch in branches]
+        joined = [
+            [[max(v, Fraction(0)) for v in row] for part in inside for row in part[b]]
+            for b in range(len(x))
+        ]
+        yield from layer_intermediates(fusion, joined)
+        fused = naive_layer(fusion, joined, Fraction)
+        sums = [
+            [[p + q for p, q in zip(*rows, strict=True)] for rows in zip(*pair, strict=True)]
+            for pair in zip(x, fused, strict=True)
+        ]
+        yield from leaves(sums)
+        x = [[[max(v, Fraction(0)) for v in row] for row in rows] for rows in sums]
+
+
+SMALLEST = [
+    Case(channels=1, kernel_sizes=(3,), length=4, dtype="float64"),
+    Case(channels=2, kernel_sizes=(3,), length=2, dtype="float64"),
+    Case(channels=2, kernel_sizes=(1, 3), length=3, dtype="float64", num_blocks=2),
+]
+
+
+@pytest.mark.parametrize("case", SMALLEST, ids=str)
+@pytest.mark.parametrize("kinkless", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_forward_bits_are_never_below_what_the_pass_needs(case, kinkless, seed):
+    case = replace(case, seed=seed)
+    _, blocks = stack(case)
+    found = certify(blocks, case, bits="forward_bits", kinkless=kinkless)
+    needed = max(needed_bits(v) for v in forward_intermediates(found.network, found.x))
+    assert needed <= found.expected.forward_bits
+    assert found.expected.forward_bits <= needed + 12
+
+
+def backward_intermediates(network, x, v):
+    """All that the backward pass of one block can come across: for inputs, and for weights."""
+    [(*branches, fusion)] = fractions_of(network)
+    x, v = as_lists(x, Fraction), as_lists(v, Fraction)
+    for_inputs, for_weights = [], []
+
+    def back(layer, rows, gradient):
+        slopes = [s / r for s, r in zip(layer["scale"], layer["root"], strict=True)]
+        length, taps = len(rows[0]), len(layer["weight"][0][0])
+        terms = [[[] for _ in range(length)] for _ in rows]
+        before = [[s * g for g in row] for s, row in zip(slopes, gradient, strict=True)]
+        for o, c, k, t in itertools.product(
+            range(len(before)), range(len(rows)), range(taps), range(length)
+        ):
+            place = t + k - taps // 2
+            if 0 <= place < length:
+                terms[c][place].append(layer["weight"][o][c][k] * before[o][t])
+        for o, c, k in itertools.product(range(len(before)), range(len(rows)), range(taps)):
+            products = [
+                before[o][t] * rows[c][t + k - taps // 2]
+                for t in range(length)
+                if 0 <= t + k - taps // 2 < length
+            ]
+            for_weights.extend(partial_sums(products))
+        for o, row in enumerate(gradient):
+            for_weights.extend(partial_sums(row))
+            for_weights.extend(partial_sums(before[o]))
+            convolved = [
+                sum(terms_of(layer["weight"][o], rows, t), layer["bias"][o]) for t in range(length)
+            ]
+            mean = layer["mean"][o]
+            for_weights.extend(
+                partial_sums(g * (z - mean) for g, z in zip(row, convolved, strict=True))
+            )
+            apart = [g * z for g, z in zip(row, convolved, strict=True)]
+            for_weights.extend(partial_sums([*apart, *(-g * mean for g in row)]))
+        for_inputs.extend(s for row in terms for at in row for s in partial_sums(at))
+        return [[sum(at, Fraction(0)) for at in row] for row in terms]
+
+    inside = [naive_layer(branch, x, Fraction)[0] for branch in branches]
+    joined = [[max(value, Fraction(0)) for value in row] for part in inside for row in part]
+    fused = naive_layer(fusion, [joined], Fraction)[0]
+    through = [
+        [g if p + q > 0 else Fraction(0) for g, p, q in zip(*rows, strict=True)]
+        for rows in zip(v[0], x[0], fused, strict=True)
+    ]
+    behind = back(fusion, joined, through)
+    collected = [[[g] for g in row] for row in through]
+    for branch, part in zip(branches, inside, strict=True):
+        own, behind = behind[: len(part)], behind[len(part) :]
+        masked = [
+            [g if p > 0 else Fraction(0) for g, p in zip(*rows, strict=True)]
+            for rows in zip(own, part, strict=True)
+        ]
+        for sums, row in zip(collected, back(branch, x[0], masked), strict=True):
+            for at, value in zip(sums, row, strict=True):
+                at.append(value)
+    for_inputs.extend(s for row in collected for at in row for s in partial_sums(at))
+    return for_inputs, for_weights
+
+
+@pytest.mark.parametrize("case", [SMALLEST[0], SMALLEST[1], TINY[2]], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_backward_bits_are_never_below_what_the_pass_needs(case, seed):
+    found = certified(case, seed)
+    for_inputs, for_weights = backward_intermediates(found.network, found.x, found.v)
+    expected = found.expected
+    assert max(map(needed_bits, for_inputs)) <= expected.backward_bits
+    assert max(map(needed_bits, (*for_inputs, *for_weights))) <= expected.weight_bits
+    assert expected.forward_bits <= expected.backward_bits <= expected.weight_bits
+    assert expected.weight_bits <= max(
+        expected.backward_bits, max(map(needed_bits, for_weights)) + 12
+    )
+
+
+def test_a_relu_at_exactly_0_is_a_kink():
+    case = Case(channels=2, kernel_sizes=(3,), length=3, dtype="float64")
+    found = certified(case, 0)
+    assert not found.expected.kink
+    nothing = np.zeros(case.shape)
+    silent = [
+        Block(tuple(silenced(branch) for branch in block.branches), silenced(block.fusion))
+        for block in found.network
+    ]
+    assert exact_pass(tuple(silent), nothing, found.v).kink
+
+
+def silenced(layer):
+    zeros = {name: np.zeros_like(getattr(layer, name)) for name in ("weight", "bias", "shift")}
+    return replace(layer, **zeros, mean=zeros["bias"])
+
+
+def test_larger_inputs_need_more_bits():
+    found = certified(TINY[1], 0)
+    x = np.sign(found.x) + (found.x == 0)
+    small = exact_pass(found.network, x, found.v, fraction=0.5)
+    large = exact_pass(found.network, x * 2**12, found.v, fraction=0.5)
+    assert large.forward_bits > small.forward_bits + 4
+    assert large.weight_bits > small.weight_bits + 4
+
+
+def one_tap(weight, shift):
+    """A layer of one channel and one tap that multiplies and shifts."""
+    numbers = {"weight": [[[weight]]], "bias": [0], "scale": [4], "shift": [shift], "mean": [0]}
+    arrays = {name: np.array(values, dtype=np.float64) for name, values in numbers.items()}
+    return Layer(**arrays, variance=np.array([16.0]), eps=0.0)
+
+
+def row(*values):
+    return np.array(values, dtype=np.float64)[None, None]
+
+
+def test_the_gradients_that_meet_at_the_input_count():
+    network = (Block((one_tap(1, 0),), one_tap(1, 0)),)
+    found = exact_pass(network, row(1), row(2**20))
+    assert found.input_gradient == 2**21
+    assert found.backward_bits == 21
+
+
+def test_the_sums_of_a_weight_gradient_count():
+    network = (Block((one_tap(0, 1),), one_tap(1, 0)),)
+    large = 2**20 - 1
+    found = exact_pass(network, row(large, large, large, large), row(3, 3, 3, 3))
+    assert found.gradients[0][0].weight == 12 * large
+    assert found.weight_bits >= needed_bits(3 * large) + 2
+
+
+def test_the_unit_of_a_later_block_counts():
+    fractions = [Fraction(1, 2**i) for i in range(1, 5)]
+    network = tuple(
+        Block((one_tap(1, float(a)),), one_tap(1, float(b)))
+        for a, b in (fractions[:2], fractions[2:])
+    )
+    found = exact_pass(network, row(1), row(2**20 - 1), fraction=0.5)
+    [gradient] = found.gradients[1][1].weight.flat
+    assert gradient == Fraction(23, 8) * (2**20 - 1)
+    assert found.weight_bits >= needed_bits(gradient) > 24
+
+
+# --- real-valued networks ------------------------------------------------------------------------
+
+DIGITS = 60
+REAL = [
+    Case(channels=1, kernel_sizes=(3,), length=5),
+    Case(channels=2, kernel_sizes=(3, 1), length=4, batch=2),
+    Case(channels=3, kernel_sizes=(5,), length=6, num_blocks=2),
+    Case(channels=4, kernel_sizes=(3, 1, 3), length=5, num_blocks=3, batch=2),
+]
+
+
+def real(case, *, seed, mode, magnitude=1.0):
+    case = replace(case, seed=seed, mode=mode, dtype="float64")
+    model, blocks = stack(case)
+    network = make_real(blocks, case, magnitude)
+    x = values_of(case, case.rng("input").standard_normal(case.shape) * magnitude)
+    return case, model, blocks, network, x
+
+
+real_cases = pytest.mark.parametrize("case", REAL, ids=str)
+both_modes = pytest.mark.parametrize("mode", ["eval", "train"])
+magnitudes = pytest.mark.parametrize("magnitude", [1.0, 1e-9, 1e6])
+
+
+def decimals(array):
+    return as_lists(np.asarray(array, dtype=np.float64), lambda v: Decimal(v))
+
+
+def precise_pass(network, x, *, train, unbiased=False):
+    """The architecture in decimal arithmetic of 60 digits, and each norm's mean and variance."""
+    statistics = []
+    with localcontext() as context:
+        context.prec = DIGITS
+        x = decimals(x)
+        for block in network:
+            inside = [precise_layer(b, x, train, unbiased, statistics) for b in block.branches]
+            joined = [
+                [[max(v, Decimal(0)) for v in row] for part in inside for row in part[b]]
+                for b in range(len(x))
+            ]
+            fused = precise_layer(block.fusion, joined, train, unbiased, statistics)
+            x = [
+                [
+                    [max(p + q, Decimal(0)) for p, q in zip(*rows, strict=True)]
+                    for rows in zip(*pair, strict=True)
+                ]
+                for pair in zip(x, fused, strict=True)
+            ]
+    return x, statistics
+
+
+def precise_layer(layer, x, train, unbiased, statistics):
+    out = [[] for _ in x]
+    for o in range(len(layer.bias)):
+        weights, bias = decimals(layer.weight[o]), Decimal(float(layer.bias[o]))
+        rows = [
+            [sum(terms_of(weights, sample, t), bias) for t in range(len(sample[0]))] for sample in x
+        ]
+        mean, variance = Decimal(float(layer.mean[o])), Decimal(float(layer.variance[o]))
+        if train:
+            values = [v for row in rows for v in row]
+            mean = sum(values) / len(values)
+            squares = sum((v - mean) ** 2 for v in values)
+            statistics.append((mean, squares / (len(values) - 1)))
+            variance = squares / (len(values) - unbiased)
+        root = (variance + Decimal(float(layer.eps))).sqrt()
+        scale, shift = Decimal(float(layer.scale[o])), Decimal(float(layer.shift[o]))
+        for sample, row in zip(out, rows, strict=True):
+            sample.append([(v - mean) / root * scale + shift for v in row])
+    return out
+
+
+def exact_decimal(value):
+    """A number in extended precision without any rounding."""
+    high = float(value)
+    with localcontext() as context:
+        context.prec = DIGITS
+        return Decimal(high) + Decimal(float(value - np.longdouble(high)))
+
+
+def errors(values, reference):
+    with localcontext() as context:
+        context.prec = DIGITS
+        pairs = zip(np.asarray(values).flat, leaves(reference), strict=True)
+        return np.array([float(abs(exact_decimal(v) - r)) for v, r in pairs])
+
+
+@real_cases
+@both_modes
+@magnitudes
+@pytest.mark.parametrize("seed", range(2))
+def test_real_passes_agree_with_60_digits(case, mode, magnitude, seed):
+    case, _, _, network, x = real(case, seed=seed, mode=mode, magnitude=magnitude)
+    found = real_pass(network, x, train=mode == "train")
+    reference, _ = precise_pass(network, x, train=mode == "train")
+    finite = np.isfinite(found.error.ravel())
+    assert finite.all() or mode == "train"
+    off = errors(found.out, reference)
+    assert (off[finite] <= found.error.ravel()[finite] / 200).all()
+
+
+@real_cases
+@both_modes
+@magnitudes
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bound_contains_what_torch_computes(case, mode, magnitude, seed):
+    case, model, _, network, x = real(case, seed=seed, mode=mode, magnitude=magnitude)
+    found = real_pass(network, x, train=mode == "train")
+    reference, _ = precise_pass(network, x, train=mode == "train")
+    with torch.no_grad():
+        out = model(torch.from_numpy(x)).numpy()
+    finite = np.isfinite(found.error.ravel())
+    assert (errors(out, reference)[finite] <= found.error.ravel()[finite]).all()
+
+
+@real_cases
+@pytest.mark.parametrize("seed", range(3))
+def test_training_leaves_the_statistics_within_their_bounds(case, seed):
+    case, model, blocks, network, x = real(case, seed=seed, mode="train")
+    found = real_pass(network, x, train=True)
+    _, reference = precise_pass(network, x, train=True)
+    learned = [s for layers in found.statistics for s in layers]
+    assert len(learned) == len(layers_of(network))
+    means = np.concatenate([s.mean for s in learned])
+    variances = np.concatenate([s.variance for s in learned])
+    mean_errors = np.concatenate([s.mean_error for s in learned])
+    variance_errors = np.concatenate([s.variance_error for s in learned])
+    assert (errors(means, [mean for mean, _ in reference]) <= mean_errors / 200).all()
+    assert (errors(variances, [var for _, var in reference]) <= variance_errors / 200).all()
+    for block in blocks:
+        for layer in block.layers:
+            layer.norm.momentum = 1.0
+    model(torch.from_numpy(x))
+    norms = [layer.norm for block in blocks for layer in block.layers]
+    own_means = torch.cat([norm.running_mean for norm in norms]).numpy()
+    own_variances = torch.cat([norm.running_var for norm in norms]).numpy()
+    assert (errors(own_means, [mean for mean, _ in reference]) <= mean_errors).all()
+    slack = 2 * np.abs(own_variances) * 2.0**-53
+    assert (errors(own_variances, [v for _, v in reference]) <= variance_errors + slack).all()
+
+
+def test_most_training_passes_have_a_bound():
+    bounded = 0
+    for seed in range(20):
+        _, _, _, network, x = real(REAL[1], seed=seed, mode="train")
+        bounded += np.isfinite(real_pass(network, x, train=True).error).all()
+    assert bounded >= 15
+
+
+def ordinary(mode, seed=0, num_blocks=3):
+    """A network as one is initialised, on standard normal data."""
+    case = Case(channels=8, kernel_sizes=(3, 5, 7), length=60, batch=4, seed=seed)
+    case = replace(case, num_blocks=num_blocks, mode=mode, dtype="float64")
+    model, blocks = stack(case)
+    return case, model, blocks, case.rng("input").standard_normal(case.shape)
+
+
+@pytest.mark.parametrize(
+    ("mode", "num_blocks", "least"), [("eval", 3, 1e-9), ("train", 1, 1e-9), ("train", 3, 1e-4)]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bound_says_something(mode, num_blocks, least, seed):
+    _, _, blocks, x = ordinary(mode, seed, num_blocks)
+    found = real_pass(read_network(blocks), x, train=mode == "train")
+    assert np.isfinite(found.error).all()
+    alive = found.out > 0.01
+    assert alive.mean() > 0.2
+    assert (found.error[alive] < least * found.out[alive]).all()
+
+
+def share_outside(out, found):
+    off = np.abs(out.detach().double().numpy().astype(np.longdouble) - found.out)
+    return float((off > found.error).mean())
+
+
+@both_modes
+def test_the_model_itself_is_inside_of_the_bound(mode):
+    _, model, blocks, x = ordinary(mode)
+    found = real_pass(read_network(blocks), x, train=mode == "train")
+    assert share_outside(model(torch.from_numpy(x)), found) == 0
+
+
+@both_modes
+@pytest.mark.parametrize("eps", [1e-9, 0.9e-5, 1.001e-5, 1e-3])
+def test_another_eps_is_outside_of_the_bound(mode, eps):
+    _, model, blocks, x = ordinary(mode)
+    found = real_pass(read_network(blocks), x, train=mode == "train")
+    for block in blocks:
+        for layer in block.layers:
+            layer.norm.eps = eps
+    assert share_outside(model(torch.from_numpy(x)), found) > 0.3
+
+
+@both_modes
+def test_a_cast_to_float32_is_outside_of_the_bound(mode):
+    _, model, blocks, x = ordinary(mode)
+    found = real_pass(read_network(blocks), x, train=mode == "train")
+    rounded = torch.from_numpy(x).float().double()
+    assert share_outside(model(rounded), found) > 0.3
+    assert share_outside(model.float()(rounded.float()), found) > 0.3
+
+
+def test_the_unbiased_variance_is_outside_of_the_bound():
+    _, _, _, network, x = real(REAL[1], seed=0, mode="train")
+    found = real_pass(network, x, train=True)
+    biased, _ = precise_pass(network, x, train=True)
+    other, _ = precise_pass(network, x, train=True, unbiased=True)
+    assert (errors(found.out, biased) <= found.error.ravel()).all()
+    assert (errors(found.out, other) > found.error.ravel()).mean() > 0.3
+
+
+@both_modes
+def test_the_other_mode_is_outside_of_the_bound(mode):
+    _, model, blocks, x = ordinary(mode)
+    found = real_pass(read_network(blocks), x, train=mode == "train")
+    model.train(mode == "eval")
+    assert share_outside(model(torch.from_numpy(x)), found) > 0.3
+
+
+def test_an_eval_pass_learns_nothing():
+    _, _, blocks, x = ordinary("eval")
+    assert all(layers == () for layers in real_pass(read_network(blocks), x).statistics)
+
+
+def test_a_constant_channel_in_train_mode_has_no_bound():
+    _, _, blocks, x = ordinary("train")
+    with torch.no_grad():
+        for block in blocks:
+            for layer in block.layers:
+                layer.norm.eps = 1e-40
+                layer.conv.weight.zero_()
+                layer.conv.bias.fill_(0.1)
+    found = real_pass(read_network(blocks), x, train=True)
+    assert not np.isfinite(found.error).all()
