@@ -52,7 +52,7 @@ def survivors_are_scaled(subject, case):
     # Roundings: of p, of 1 − p, of its inverse (or of a mask divided by it) and of the product.
     slack = 4 * unit * scale * (1 + p / (1 - p))
     off = [v for v in values if v != 0 and abs(v - scale) > slack]
-    yield equal(off, [], f"values other than 0 and 1/(1 − {p})")
+    yield equal(off, [], f"values other than 0 and 1/(1 - {p})")
 
 
 @statement(

@@ -30,7 +30,7 @@ def every_parameter_gets_a_gradient(subject, case):
     yield equal(frozen, [], "parameters that do not require a gradient")
     yield equal(subject(model, normal_input(case)).requires_grad, True, "output.requires_grad")
     model = subject.model(case)
-    out, gradient = subject.vjp(model, normal_input(case), torch.ones(()))
+    _, gradient = subject.vjp(model, normal_input(case), torch.ones(()))
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     yield equal(missing, [], "parameters without a gradient after backward")
     yield equal(tuple(gradient.shape), case.shape, "shape of the gradient at the input")
@@ -57,8 +57,13 @@ def positive_networks_have_no_zero_gradient(subject, case):
     yield equal(int((gradient <= 0).sum()), 0, "elements of the input's gradient that are not > 0")
     for i, block in enumerate(blocks):
         for j, layer in enumerate(block.layers):
-            for kind, parameter in (("weight", layer.conv.weight), ("scale", layer.norm.weight),
-                                    ("shift", layer.norm.bias), ("bias", layer.conv.bias)):  # fmt: skip
+            parameters = {
+                "weight": layer.conv.weight,
+                "bias": layer.conv.bias,
+                "scale": layer.norm.weight,
+                "shift": layer.norm.bias,
+            }
+            for kind, parameter in parameters.items():
                 if parameter is None:
                     continue
                 if parameter.grad is None:

@@ -24,7 +24,7 @@ SMALL = INPUTS.narrow(batch=Integers(1, 33), length=Integers(1, 1100))
 
 @statement(space=SMALL.narrow(context=Choice(*CONTEXTS)))
 def input_is_unchanged(subject, case):
-    """The input holds the same values after a call, with gradients, without, and in inference mode."""
+    """The input holds the same values after a call, under grad, no_grad and inference mode."""
     model = subject.model(case)
     x = normal_input(case)
     before = x.clone()

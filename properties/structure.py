@@ -137,7 +137,7 @@ def dropout_acts_on_whole_channels(subject, case):
 
 @statement(space=Space(), needs=(CONTRACT,), effort=0.2)
 def constructor_defaults(subject, case):
-    """Left out, kernel_sizes is (3, 5, 7), dropout 0.1 and, for a stack, num_blocks 3, channels 512.
+    """The defaults are kernel_sizes (3, 5, 7), dropout 0.1 and, of a stack, 512 channels, 3 blocks.
 
     Arguments given by position, where the constructor takes them so, mean what they mean by name.
     """

@@ -7,7 +7,16 @@ import pytest
 from rescnn_verify.case import Case
 from rescnn_verify.drawing import RandomDraw, draw_trial
 from rescnn_verify.shrinking import shrink
-from rescnn_verify.space import ARCHITECTURES, INPUTS, Choice, Constraint, Integers, Lists, Space
+from rescnn_verify.space import (
+    ARCHITECTURES,
+    INPUTS,
+    Choice,
+    Constraint,
+    Floats,
+    Integers,
+    Lists,
+    Space,
+)
 
 EVERYTHING = ARCHITECTURES * INPUTS
 DOCUMENTED = Case(
@@ -141,6 +150,22 @@ def test_names_shrink_to_the_first_that_fails():
     assert minimal(lambda case: case.device == "cuda").device == "cuda"
     assert minimal(lambda case: case.mode == "train") == simplest(mode="train", batch=2)
     assert minimal(lambda case: case.dropout > 0).dropout == 0.1
+
+
+def test_floats_shrink_to_the_least_or_to_few_digits():
+    space = Space(dropout=Floats(0.0, 1.0))
+    start = Case(dropout=0.37713)
+    assert minimal(lambda case: True, start, space).dropout == 0.0
+    assert minimal(lambda case: case.dropout > 0.3, start, space).dropout == 0.4
+    assert minimal(lambda case: 0.36 < case.dropout < 0.39, start, space).dropout == 0.38
+
+
+@pytest.mark.xfail(strict=True, reason="the least value is rounded up and found again for ever")
+def test_a_least_float_of_two_digits_is_the_end():
+    budget = iter([True] * 1000)
+    space = Space(dropout=Floats(0.17, 1.0))
+    assert minimal(lambda case: next(budget, False), Case(dropout=0.5), space).dropout == 0.17
+    assert next(budget, False)
 
 
 def test_several_factors_shrink_together():

@@ -1,7 +1,7 @@
 """Comparisons: what a property yields, and what a falsified one says.
 
 Every function here makes one comparison. It returns a `Comparison` when it holds and raises
-`Falsified` when it does not, so that a property reads ``yield equal(got, expected, "what")`` and the
+`Falsified` when it does not: a property reads ``yield equal(got, expected, "what")``, and the
 number of values yielded is the number of assertions made.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -88,28 +88,37 @@ def same_bits(got: Tensor, expected: Tensor | np.ndarray, what: str) -> Comparis
     return _no_difference(got, expected, different, what)
 
 
-def within(got: Tensor, expected: np.ndarray, bound: np.ndarray, what: str) -> Comparison:
-    """|got − expected| ≤ bound elementwise, in extended precision.
+class HasBound(Protocol):
+    """Values with an error bound for each, as the oracles give them."""
+
+    @property
+    def value(self) -> np.ndarray: ...
+    @property
+    def error(self) -> np.ndarray: ...
+
+
+def within(got: Tensor, expected: HasBound, what: str) -> Comparison:
+    """|got − value| ≤ error elementwise, in extended precision.
 
     Args:
         got: any tensor.
-        expected: its exact value up to an error that ``bound`` includes; same shape.
-        bound: a derived error bound, same shape, finite.
+        expected: the exact values up to an error that the derived bound includes; same shape.
     """
     values = got.detach().cpu().to(torch.float64).numpy()
-    if values.shape != expected.shape:
-        raise Falsified(what, f"shape {expected.shape}", f"shape {values.shape}")
-    error = np.abs(values.astype(expected.dtype) - expected)
+    exact, bound = expected.value, expected.error
+    if values.shape != exact.shape:
+        raise Falsified(what, f"shape {exact.shape}", f"shape {values.shape}")
+    error = np.abs(values.astype(exact.dtype) - exact)
     bad = ~(error <= bound)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(error > 0, error / bound, 0)
     if not bad.any():
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where(error > 0, error / bound, 0)
-        return Comparison(what, float(ratio.max()) if ratio.size else 0.0)
-    worst = np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(error / bound), -1)), bad.shape)
+        return Comparison(what, float(ratio.max(initial=0.0)))
+    worst = np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(ratio), -1)), bad.shape)
     place = tuple(int(i) for i in worst)
     raise Falsified(
         f"{what} at {list(place)} ({int(bad.sum())} of {bad.size} elements are off)",
-        f"{float(expected[place])!r} ± {float(bound[place]):.3g}",
+        f"{float(exact[place])!r} ± {float(bound[place]):.3g}",
         f"{float(values[place])!r} (error {float(error[place]):.3g})",
     )
 

@@ -105,7 +105,7 @@ def _fusion_convolution(block: nn.Module, convs: Sequence[nn.Conv1d], config: Co
     if not candidates:
         raise Falsified(
             "fusion of a block",
-            f"a dense 1×1 convolution with weight {shape}",
+            f"a dense 1x1 convolution with weight {shape}",
             f"convolutions with weights {[tuple(c.weight.shape) for c in convs]}",
         )
     return candidates[-1]

@@ -45,7 +45,8 @@ def certify(
     """Writes a random integer network that is certified for the case's dtype into a model.
 
     In half of the cases the inputs, or one parameter of one layer, are as large as the certificate
-    allows, so that clamps, saturation and shortened significands show. Where the first network needs too many bits, sparser ones are tried.
+    allows, so that clamps, saturation and shortened significands show. Where the first network
+    needs too many bits, sparser ones are tried.
 
     Args:
         blocks: the model's handles.

@@ -20,8 +20,10 @@ from rescnn_verify.handles import BlockHandles, ConvNorm
 __all__ = [
     "SIGNIFICAND_BITS",
     "Block",
+    "Bounded",
     "ExactPass",
     "Layer",
+    "RealGradients",
     "RealPass",
     "TrainStatistics",
     "exact_pass",
@@ -299,70 +301,155 @@ def _exact_back(
 
 
 @dataclass(frozen=True)
-class TrainStatistics:
-    """What a training pass leaves in a norm, with error bounds; each of shape (out,)."""
+class Bounded:
+    """Values in extended precision, and how far any float64 evaluation can be from each.
 
-    mean: Array
-    mean_error: Array
-    variance: Array
-    variance_error: Array
+    Args:
+        value: the exact values but for errors far below ``error``.
+        error: the bound, of the same shape; NaN where there is none.
+    """
+
+    value: Array
+    error: Array
+
+    @property
+    def most(self) -> Array:
+        """The largest magnitude that an evaluation can have."""
+        return np.abs(self.value) + self.error
+
+
+@dataclass(frozen=True)
+class TrainStatistics:
+    """What a training pass leaves in a norm: mean and unbiased variance of its input."""
+
+    mean: Bounded
+    variance: Bounded
+
+
+@dataclass(frozen=True)
+class RealGradients:
+    """Gradients of a layer's parameters, each in the shape of the parameter."""
+
+    weight: Bounded
+    bias: Bounded
+    scale: Bounded
+    shift: Bounded
 
 
 @dataclass(frozen=True)
 class RealPass:
-    """Output of a real-valued network.
+    """Forward and backward pass of a real-valued network.
 
     Args:
-        out: in extended precision, shape of the input.
-        error: how far any float64 evaluation of the architecture can be from it, same shape; NaN
-            where there is no bound.
+        out: the output, shape of the input.
         statistics: of the norms after a training pass, as in `ExactPass.gradients`; else empty.
+        input_gradient: Jᵀv, None without v.
+        gradients: of the parameters, as in `ExactPass`; empty without v.
+        kink: whether some ReLU's input is so close to 0 that round-off may switch it.
     """
 
-    out: Array
-    error: Array
+    out: Bounded
     statistics: tuple[tuple[TrainStatistics, ...], ...]
+    input_gradient: Bounded | None
+    gradients: tuple[tuple[RealGradients, ...], ...]
+    kink: bool
 
 
-def real_pass(network: tuple[Block, ...], x: Array, *, train: bool = False) -> RealPass:
-    """Forward pass in extended precision with a running error bound for float64.
+@dataclass(frozen=True)
+class _RealStep:
+    """A layer's forward pass.
 
-    The bound follows Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 3.1
-    and 3.3: a sum of n products in any order is off by at most γ_n Σ|w||v|, γ_n = nu/(1 − nu). It
-    is carried from layer to layer beside the value. Convolution and norm are bounded together, so
-    that it also holds for weights with the norm folded into them.
+    Args:
+        columns: windows of the input.
+        normalised: the norm's output before scale and shift.
+        size: the magnitude of what cancels in it.
+        root: 1/√(variance + eps).
+        root_relative: relative error of ``root``.
+        out: the norm's output.
+        statistics: of the batch, after a training pass.
+    """
+
+    columns: Bounded
+    normalised: Bounded
+    size: Array
+    root: Array
+    root_relative: Array
+    out: Bounded
+    statistics: TrainStatistics | None
+
+
+def real_pass(
+    network: tuple[Block, ...], x: Array, *, v: Array | None = None, train: bool = False
+) -> RealPass:
+    """Forward and backward pass in extended precision with running error bounds for float64.
+
+    The bounds follow Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 3.1
+    and 3.3: a sum of n products in any order is off by at most γ_n Σ|w||v|, γ_n = nu/(1 − nu). They
+    are carried from layer to layer beside the values. Rounding is bounded by what goes into a norm
+    before anything cancels, so that the bounds also hold for weights with the norm folded in.
 
     Args:
         network: any finite weights.
         x: input, shape (batch, channels, length).
+        v: vector of the vector-Jacobian product, of the same shape; None for the forward pass only.
         train: normalise with the batch's own statistics (no dropout).
     """
-    out = x.astype(np.longdouble)
-    error = np.zeros_like(out)
-    statistics = []
+    out = Bounded(x.astype(np.longdouble), np.zeros(x.shape, dtype=np.longdouble))
+    kink = False
+    tape = []
     for block in network:
-        layers = []
-        joined, joined_error = [], []
-        for layer in block.branches:
-            value, bound, learned = _real_layer(layer, out, error, train)
-            layers.append(learned)
-            joined.append(np.maximum(value, 0))
-            joined_error.append(_relu_error(value, bound))
-        fused, bound, learned = _real_layer(
-            block.fusion, np.concatenate(joined, 1), np.concatenate(joined_error, 1), train
+        inside = [_real_layer(layer, out, train) for layer in block.branches]
+        active = [_relu(step.out) for step in inside]
+        joined = Bounded(
+            np.concatenate([a.value for a in active], 1),
+            np.concatenate([a.error for a in active], 1),
         )
-        statistics.append((*layers, learned))
-        total = out + fused
-        error = error + bound
-        error = error + UNIT["float64"] * (np.abs(total) + error)
-        error = _relu_error(total, error)
-        out = np.maximum(total, 0)
-    kept = tuple(tuple(s for s in layers if s is not None) for layers in statistics)
-    return RealPass(out, error, kept)
+        fused = _real_layer(block.fusion, joined, train)
+        total = _sum(out, fused.out)
+        kink |= any(_undecided(step.out) for step in inside) or _undecided(total)
+        tape.append((inside, fused, total))
+        out = _relu(total)
+    statistics = tuple(
+        tuple(step.statistics for step in (*inside, fused) if step.statistics is not None)
+        for inside, fused, _ in tape
+    )
+    if v is None:
+        return RealPass(out, statistics, None, (), kink)
+    gradient = Bounded(v.astype(np.longdouble), np.zeros(v.shape, dtype=np.longdouble))
+    gradients: list[tuple[RealGradients, ...]] = []
+    for block, (inside, fused, total) in zip(reversed(network), reversed(tape), strict=True):
+        gradient = _masked(gradient, total)
+        back, own = _real_back(block.fusion, fused, gradient, train)
+        layers = []
+        at = 0
+        for layer, step in zip(block.branches, inside, strict=True):
+            end = at + layer.weight.shape[0]
+            share = Bounded(back.value[:, at:end], back.error[:, at:end])
+            part, grads = _real_back(layer, step, _masked(share, step.out), train)
+            gradient, at = _sum(gradient, part), end
+            layers.append(grads)
+        gradients.insert(0, (*layers, own))
+    return RealPass(out, statistics, gradient, tuple(gradients), kink)
 
 
-def _relu_error(value: Array, error: Array) -> Array:
-    return np.where(value > 0, error, np.maximum(0, value + error))
+def _relu(x: Bounded) -> Bounded:
+    error = np.where(x.value > 0, x.error, np.maximum(0, x.value + x.error))
+    return Bounded(np.maximum(x.value, 0), error)
+
+
+def _undecided(x: Bounded) -> bool:
+    return not bool((np.abs(x.value) > x.error).all())
+
+
+def _masked(gradient: Bounded, x: Bounded) -> Bounded:
+    return Bounded(
+        np.where(x.value > 0, gradient.value, 0), np.where(x.value > 0, gradient.error, 0)
+    )
+
+
+def _sum(a: Bounded, b: Bounded) -> Bounded:
+    # Up to one rounding for each branch whichever order the terms are added in.
+    return Bounded(a.value + b.value, a.error + b.error + _gamma(8) * (a.most + b.most))
 
 
 def _gamma(terms: int) -> np.longdouble:
@@ -370,61 +457,114 @@ def _gamma(terms: int) -> np.longdouble:
     return terms * unit / (1 - terms * unit)
 
 
-def _real_layer(
-    layer: Layer, x: Array, error: Array, train: bool
-) -> tuple[Array, Array, TrainStatistics | None]:
-    """The norm's output, its error bound, and the statistics after a training pass."""
+def _real_layer(layer: Layer, x: Bounded, train: bool) -> _RealStep:
     weight = layer.weight.astype(np.longdouble)
-    terms, batch = weight.shape[1] * weight.shape[2], x.shape[0]
-    columns, errors = _columns(x, weight.shape[2]), _columns(error, weight.shape[2])
-    z = _apply(columns, weight, batch) + _column(layer.bias)
-    sizes = _apply(np.abs(columns) + errors, np.abs(weight), batch) + _column(np.abs(layer.bias))
-    carried = _apply(errors, np.abs(weight), batch)
+    kernel, terms, batch = weight.shape[2], weight.shape[1] * weight.shape[2], x.value.shape[0]
+    columns = Bounded(_columns(x.value, kernel), _columns(x.error, kernel))
+    convolved = _apply(columns.value, weight, batch) + _column(layer.bias)
+    size = _apply(columns.most, np.abs(weight), batch) + _column(np.abs(layer.bias))
     # Products that underflow are each off by less than the smallest double.
-    own = _gamma(terms + 1) * sizes + (terms + 1) * _SMALLEST_DOUBLE
+    error = _apply(columns.error, np.abs(weight), batch) + _gamma(terms + 1) * size
+    z = Bounded(convolved, error + (terms + 1) * _SMALLEST_DOUBLE)
     if train:
-        return _train_norm(layer, z, carried + own)
-    slope = layer.scale / np.sqrt(layer.variance.astype(np.longdouble) + layer.eps)
-    value = _column(slope) * (z - _column(layer.mean)) + _column(layer.shift)
-    # γ_{n+1} for the sum and up to nine more roundings in the norm, or in folding it.
-    size = _column(np.abs(slope)) * (sizes + _column(np.abs(layer.mean)))
-    size = size + _column(np.abs(layer.shift))
-    slack = (terms + 10) * _SMALLEST_DOUBLE * (1 + _column(np.abs(slope)))
-    return value, _column(np.abs(slope)) * carried + _gamma(terms + 10) * size + slack, None
-
-
-def _train_norm(layer: Layer, z: Array, error: Array) -> tuple[Array, Array, TrainStatistics]:
-    """Batch normalisation by the batch's own mean and biased variance.
-
-    With m values per channel, the mean is off by the mean error of its terms and γ_{m+1} of the
-    mean magnitude. The variance is off by 2·mean|d|·δ + mean δ² for deviations d that are each off
-    by δ, and γ_{m+4} of the mean square, which also covers the formula E z² − (E z)². The inverse
-    root is then off by half the relative error of variance + eps.
-    """
-    m = z.shape[0] * z.shape[2]
-    axes = (0, 2)
-    mean = z.mean(axis=axes)
-    magnitude = np.abs(z) + error
-    mean_error = error.mean(axis=axes) + _gamma(m + 1) * magnitude.mean(axis=axes)
-    deviation = z - _column(mean)
-    off = error + _column(mean_error) + UNIT["float64"] * np.abs(deviation)
-    variance = (deviation**2).mean(axis=axes)
-    variance_error = (2 * np.abs(deviation) * off + off**2).mean(axis=axes) + _gamma(m + 4) * (
-        magnitude**2
-    ).mean(axis=axes)
-    total = variance + layer.eps
-    certain = total - variance_error
+        mean, variance, statistics = _batch_statistics(z, size)
+    else:
+        mean, variance = _given(layer.mean), _given(layer.variance)
+        statistics = None
+    total = variance.value + layer.eps
+    certain = total - variance.error
     # Where the batch is so nearly constant that the variance is not certain there is no bound.
-    relative = np.where(certain > 0, variance_error / np.where(certain > 0, certain, 1), np.nan)
-    slope = layer.scale / np.sqrt(total)
-    value = _column(slope) * deviation + _column(layer.shift)
-    size = _column(np.abs(slope)) * (np.abs(deviation) + off)
-    bound = _column(np.abs(slope) * (1 + relative)) * off + _column(relative) * size
-    bound = bound + _gamma(10) * (
-        size * (1 + _column(relative))
-        + _column(np.abs(slope) * (1 + relative)) * (magnitude + _column(np.abs(mean)))
-        + _column(np.abs(layer.shift))
+    relative = np.where(certain > 0, variance.error / np.where(certain > 0, certain, 1), np.nan)
+    root = 1 / np.sqrt(total)
+    size = _column(root) * (size + _column(mean.most))
+    normalised = _column(root) * (z.value - _column(mean.value))
+    off = _column(root * (1 + relative)) * (z.error + _column(mean.error))
+    off = off + _column(relative) * np.abs(normalised)
+    # The sum, and up to nine more roundings in the norm or in folding it into the weights.
+    off = off + (_gamma(terms + 10) * size) * (1 + _column(relative)) + _SMALLEST_DOUBLE
+    out = _column(layer.scale) * normalised + _column(layer.shift)
+    scale = _column(np.abs(layer.scale))
+    out_error = scale * off + _gamma(4) * (scale * (size + off) + _column(np.abs(layer.shift)))
+    return _RealStep(
+        columns,
+        Bounded(normalised, off),
+        size,
+        root,
+        relative,
+        Bounded(out, out_error + _SMALLEST_DOUBLE),
+        statistics,
     )
-    unbiased = variance * m / (m - 1)
-    learned = TrainStatistics(mean, mean_error, unbiased, variance_error * m / (m - 1))
-    return value, bound, learned
+
+
+def _given(values: Array) -> Bounded:
+    return Bounded(values.astype(np.longdouble), np.zeros(values.shape, dtype=np.longdouble))
+
+
+def _batch_statistics(z: Bounded, size: Array) -> tuple[Bounded, Bounded, TrainStatistics]:
+    """Mean and biased variance of a batch, and what the running statistics learn of it.
+
+    With m values per channel, the mean is off by the mean error of its terms and γ_{m+1} of their
+    mean magnitude. The variance is off by 2·mean|d|·δ + mean δ² for deviations d that are each off
+    by δ, and γ_{m+4} of the mean square, which also covers the formula E z² − (E z)².
+    """
+    axes, m = (0, 2), z.value.shape[0] * z.value.shape[2]
+    size = size + z.error
+    mean = Bounded(z.value.mean(axis=axes), (z.error + _gamma(m + 1) * size).mean(axis=axes))
+    deviation = z.value - _column(mean.value)
+    off = z.error + _column(mean.error) + UNIT["float64"] * np.abs(deviation)
+    own = _gamma(m + 4) * (size**2).mean(axis=axes)
+    spread = (2 * np.abs(deviation) * off + off**2).mean(axis=axes) + own
+    variance = Bounded((deviation**2).mean(axis=axes), spread)
+    factor = np.longdouble(m) / (m - 1)
+    unbiased = Bounded(variance.value * factor, variance.error * factor)
+    return mean, variance, TrainStatistics(mean, unbiased)
+
+
+def _real_back(
+    layer: Layer, step: _RealStep, g: Bounded, train: bool
+) -> tuple[Bounded, RealGradients]:
+    """The gradient at a layer's input and those of its parameters, given that at its output.
+
+    Training, the statistics depend on the input: with n the normalised values, the gradient before
+    the norm is scale/√(variance + eps) · (g − mean g − n · mean(g n)) (Ioffe and Szegedy 2015).
+    """
+    batch, _, length = g.value.shape
+    m, axes = batch * length, (0, 2)
+    n, size = step.normalised, step.size + step.normalised.error
+    along = (g.value * n.value).sum(axis=axes)
+    along_size = (g.most * size).sum(axis=axes)
+    along_error = (np.abs(g.value) * n.error + g.error * n.most).sum(axis=axes)
+    along_error = along_error + _gamma(m + layer.weight[0].size + 10) * along_size
+    total = g.value.sum(axis=axes)
+    total_error = g.error.sum(axis=axes) + _gamma(m) * g.most.sum(axis=axes)
+    core, core_error, core_size = g.value, g.error, g.most
+    if train:
+        core = core - _column(total / m) - n.value * _column(along / m)
+        core_error = (
+            core_error + _column(total_error / m) + np.abs(n.value) * _column(along_error / m)
+        )
+        core_error = core_error + n.error * _column((np.abs(along) + along_error) / m)
+        core_size = core_size + _column(g.most.sum(axis=axes) / m) + size * _column(along_size / m)
+        core_error = core_error + _gamma(6) * core_size
+    slope = np.abs(layer.scale) * step.root
+    before = _column(layer.scale * step.root) * core
+    error = _column(slope * (1 + step.root_relative)) * core_error
+    error = error + _column(slope * (step.root_relative + _gamma(8))) * core_size
+    dz = Bounded(before, error + _SMALLEST_DOUBLE)
+    weight = _transposed(layer.weight.astype(np.longdouble))
+    kernel, terms = weight.shape[2], weight.shape[1] * weight.shape[2]
+    spread = _apply(_columns(dz.error, kernel), np.abs(weight), batch)
+    spread = spread + _gamma(terms + 2) * _apply(_columns(dz.most, kernel), np.abs(weight), batch)
+    back = Bounded(_apply(_columns(dz.value, kernel), weight, batch), spread)
+    rows, row_errors, row_sizes = _rows(dz.value), _rows(dz.error), _rows(dz.most)
+    columns = step.columns
+    own = row_errors @ columns.most + np.abs(rows) @ columns.error
+    own = own + _gamma(m + 10) * (row_sizes @ columns.most)
+    return back, RealGradients(
+        weight=Bounded(
+            (rows @ columns.value).reshape(layer.weight.shape), own.reshape(layer.weight.shape)
+        ),
+        bias=Bounded(rows.sum(axis=1), row_errors.sum(axis=1) + _gamma(m) * row_sizes.sum(axis=1)),
+        scale=Bounded(along, along_error),
+        shift=Bounded(total, total_error),
+    )

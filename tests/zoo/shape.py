@@ -105,7 +105,7 @@ class ViewsInput(Stack):
 class AssumesContiguous(Stack):
     def forward(self, x):
         self.blocks[0].check_input(x)
-        batch, channels, length = x.shape
+        _, channels, length = x.shape
         strides = (channels * length, length, 1)
         dense = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
         if dense >= x.numel() - 1 and not x.is_contiguous():
