@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rescnn_verify.compare import equal, holds, same_bits
+from rescnn_verify.compare import Falsified, equal, holds, same_bits
 from rescnn_verify.needs import CHANNEL_DROPOUT, HANDLES, POST_ACTIVATION
 from rescnn_verify.probes import as_input, normal_input, randomise, set_norm
 from rescnn_verify.space import INPUTS, Choice, Integers
@@ -111,6 +111,35 @@ def _binomial(successes, trials, probability, what):
     return holds(
         bool(likely), what, f"about {probability:.3g} of {trials}", f"{successes} of {trials}"
     )
+
+
+@statement(
+    space=TRAIN.narrow(dtype=Choice("float64", "float32"), dropout=Choice(0.5, 0.0)), needs=NEEDS
+)
+def gradients_pass_the_mask_of_the_output(subject, case):
+    """What dropout did to the output it does to the gradient: Jᵀv is masked and scaled alike.
+
+    Block i's fusion returns 4^i times its mask, 0 or 2 at p = ½, whatever it is given, so the
+    output on a positive input tells every mask, and the gradient of block i's shift in a channel
+    must be the sum of v there times that mask: exactly, for integers.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    for i, block in enumerate(blocks):
+        set_norm(block.fusion.norm, scale=0.0, shift=4.0**i)
+    x = torch.ones_like(normal_input(case))
+    v = torch.from_numpy(case.rng("gradient").integers(-3, 4, case.shape)).to(x)
+    torch.manual_seed(case.seed)
+    out, gradient = subject.vjp(model, x, v)
+    codes = ((out - x) / 2 if case.dropout else out - x).round().to(torch.int64)
+    yield same_bits(gradient, v, "gradient at the input")
+    for i, block in enumerate(blocks):
+        mask = (codes // 4**i) % 4 * (2 if case.dropout else 1)
+        expected = (v * mask.to(v.dtype)).sum(dim=(0, 2))
+        got = block.fusion.norm.bias.grad
+        if got is None:
+            raise Falsified(f"gradient of the shift of block {i}", "a tensor", "None")
+        yield same_bits(got, expected, f"gradient of the shift of block {i}")
 
 
 @statement(space=TRAIN.narrow(dtype=Choice("float64", "float32", "bfloat16")), needs=NEEDS)

@@ -132,11 +132,12 @@ class Case(Config):
         names = {f.name for f in fields(cls)}
         if unknown := sorted(set(data) - names - {"version"}):
             raise CaseError(f"a case has no field {unknown[0]!r}; allowed: {sorted(names)}")
-        values = {key: _decode(value) for key, value in data.items() if key != "version"}
-        for name in ("options", "extra"):
-            if not isinstance(values.get(name, {}), Mapping):
-                raise CaseError(f"{name} must be a JSON object, got {data[name]!r}")
-            values[name] = tuple(sorted(values.get(name, {}).items()))
+        pairs = ("options", "extra")
+        values = {key: _decode(data[key]) for key in names & set(data) if key not in pairs}
+        for name in pairs:
+            if not isinstance(named := data.get(name, {}), Mapping):
+                raise CaseError(f"{name} must be a JSON object, got {named!r}")
+            values[name] = tuple(sorted((key, _decode(item)) for key, item in named.items()))
         for name in ("batch", "length", "seed"):
             value = values.get(name, 0)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -178,7 +178,7 @@ def replay(files: tuple[Path, ...], target: str | None) -> None:
             falsified = run(witness)
         except (WitnessError, TargetError, CaseError) as error:
             _fail(str(error))
-        name = f"{escape(witness.property)} on {escape(witness.target)}"
+        name = f"{escape(witness.name)} on {escape(witness.target)}"
         if falsified is None:
             console.print(f"[green]not reproduced[/]: {name}", soft_wrap=True, highlight=False)
             continue

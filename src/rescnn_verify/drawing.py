@@ -80,7 +80,8 @@ def draw_trial(
     Raises:
         NoCase: no case met the space's constraints in a fixed number of draws.
     """
-    config = _until(lambda: draw_config(draw, space), lambda c: multiply_adds(c) <= work)
+    least = _least(space.get("length")) * _least(space.get("batch"))
+    config = _until(lambda: draw_config(draw, space), lambda c: multiply_adds(c) * least <= work)
     shared = {
         name: draw_value(draw, name, factor)
         for name in ("dtype", "device")
@@ -102,10 +103,10 @@ def draw_config(draw: Draw, space: Space) -> Config:
             options.append((name.removeprefix("option."), draw_value(draw, name, factor)))
         elif architectural(name) and name != "channels":
             values[name] = draw_value(draw, name, factor)
-    if factor := space.get("channels"):
+    if (width := space.get("channels")) is not None:
         count = len(values.get("kernel_sizes", Config.kernel_sizes))
         values["channels"] = _until(
-            lambda: draw_channels(draw, factor, count), lambda channels: channels >= count
+            lambda: draw_channels(draw, width, count), lambda channels: channels >= count
         )
     return Config(**values, options=tuple(sorted(options)))
 
@@ -114,12 +115,15 @@ def _draw_case(draw: Draw, config: Config, shared: dict[str, Any], space: Space,
     values = dict(shared)
     cost = multiply_adds(config)
     extra: list[tuple[str, Any]] = []
-    for name in ("length", "batch"):
-        if factor := space.get(name):
-            if isinstance(factor, Integers):
-                factor = Integers(factor.low, min(factor.high, max(factor.low, 1, work // cost)))
-            values[name] = draw_input_size(draw, name, factor, config)
-            cost *= max(1, values[name])
+    for name, other in (("length", _least(space.get("batch"))), ("batch", 1)):
+        size = space.get(name)
+        if isinstance(size, Integers):
+            affordable = max(size.low, 1, work // (cost * other))
+            size = Integers(size.low, min(size.high, affordable))
+        if size is None:
+            continue
+        values[name] = draw_input_size(draw, name, size, config)
+        cost *= max(1, values[name])
     for name, factor in space.factors:
         if name in values or architectural(name):
             continue
@@ -141,6 +145,8 @@ def draw_input_size(draw: Draw, name: str, factor: Factor, config: Config) -> in
 
 def draw_batch(draw: Draw, factor: Integers) -> int:
     """1, a few, more than 8, and one in eight times 0 where the factor has it."""
+    if factor.high < 1:
+        return factor.high
     size = _integer(draw, max(1, factor.low), factor.high, small=3, corners=BATCHES)
     if factor.low == 0 and draw.integer(0, 7) == 7:
         return 0
@@ -189,11 +195,22 @@ def multiply_adds(config: Config) -> int:
 
 def _integer(draw: Draw, low: int, high: int, *, small: int, corners: Sequence[int] = ()) -> int:
     """Equally often a small one, a corner, and any."""
-    within = [c for c in corners if low <= c <= high]
+    within = sorted({c for c in corners if low <= c <= high})
     kind = draw.integer(0, 2)
-    if kind == 1 and within:
-        return draw.choice(within)
-    return draw.integer(low, high if kind == 2 else min(high, low + small))
+    # Drawn whatever the kind, and the corner drawn as an integer once more: Hypothesis can then
+    # turn one kind into another and keep the value.
+    index = draw.integer(0, max(1, len(within) - 1))
+    if kind == 2 and within:
+        corner = within[min(index, len(within) - 1)]
+        return draw.integer(corner, corner)
+    return draw.integer(low, high if kind else min(high, low + small))
+
+
+def _least(factor: Factor | None) -> int:
+    """The least size of a batch or length, at least 1."""
+    if isinstance(factor, Integers):
+        return max(1, factor.low)
+    return max(1, min(factor.values)) if isinstance(factor, Choice) else 1
 
 
 def _until(make: Any, good: Any) -> Any:

@@ -63,14 +63,22 @@ def contract_handles(model: nn.Module, config: Config) -> tuple[BlockHandles, ..
 
 def _block_modules(model: nn.Module, count: int) -> Sequence[nn.Module]:
     if isinstance(named := getattr(model, "blocks", None), nn.Module):
-        return _children(named)
+        return [child for child in _children(named) if _convolutions(child)]
     total = len(_convolutions(model))
     for container in model.modules():
         inside = [child for child in _children(container) if _convolutions(child)]
         repeated = len(inside) == count and len({len(_convolutions(c)) for c in inside}) == 1
         if count > 1 and repeated and sum(len(_convolutions(c)) for c in inside) == total:
             return inside
-    return [model]
+    return [_innermost(model)]
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    """The smallest submodule that holds all convolutions of a module."""
+    inside = [child for child in _children(module) if _convolutions(child)]
+    if len(inside) == 1 and len(_convolutions(inside[0])) == len(_convolutions(module)):
+        return _innermost(inside[0])
+    return module
 
 
 def _block_handles(block: nn.Module, config: Config) -> BlockHandles:
@@ -89,7 +97,7 @@ def _block_handles(block: nn.Module, config: Config) -> BlockHandles:
         )
     fusion = _fusion_convolution(block, convs, config)
     branch_convs = [conv for conv in convs if conv is not fusion]
-    fusion_norm = _fusion_norm(block, norms, config)
+    fusion_norm = _fusion_norm(block, norms, config, convs.index(fusion))
     branch_norms = [norm for norm in norms if norm is not fusion_norm]
     paired = _pair(block, branch_convs, branch_norms)
     return BlockHandles(block, paired, ConvNorm(fusion, fusion_norm))
@@ -111,7 +119,10 @@ def _fusion_convolution(block: nn.Module, convs: Sequence[nn.Conv1d], config: Co
     return candidates[-1]
 
 
-def _fusion_norm(block: nn.Module, norms: Sequence[_BatchNorm], config: Config) -> _BatchNorm:
+def _fusion_norm(
+    block: nn.Module, norms: Sequence[_BatchNorm], config: Config, place: int
+) -> _BatchNorm:
+    """The fusion's norm; ``place`` is that of its convolution among the block's."""
     within = _norms(getattr(block, "fusion", None))
     if len(within) == 1:
         return within[0]
@@ -125,7 +136,7 @@ def _fusion_norm(block: nn.Module, norms: Sequence[_BatchNorm], config: Config) 
             f"a BatchNorm over {config.channels} channels",
             f"norms over {[norm.num_features for norm in norms]} channels",
         )
-    return candidates[-1]
+    return norms[place] if norms[place] in candidates else candidates[-1]
 
 
 def _pair(

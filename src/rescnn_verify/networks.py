@@ -69,7 +69,7 @@ def certify(
         grown = str(rng.choice(["input", "input", "weight", "bias", "mean", "shift"]))
         place = int(rng.integers(len(blocks))), int(rng.integers(len(blocks[0].layers)))
         most = min(int(room), 30)
-        exponent = int(rng.choice([0, most, most, rng.integers(0, most + 1)]))
+        exponent = int(rng.choice([0, most, most, int(rng.integers(0, most + 1))]))
         while True:
             network = small
             if grown == "input":

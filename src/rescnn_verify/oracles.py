@@ -75,13 +75,16 @@ def write_network(network: Sequence[Block], blocks: Sequence[BlockHandles]) -> N
         for block, handles in zip(network, blocks, strict=True):
             for layer, own in zip((*block.branches, block.fusion), handles.layers, strict=True):
                 conv, norm = own.conv, own.norm
-                pairs = [(conv.weight, layer.weight), (norm.weight, layer.scale)]
-                pairs += [(norm.bias, layer.shift), (norm.running_mean, layer.mean)]
-                pairs += [(norm.running_var, layer.variance)]
-                if conv.bias is not None:
-                    pairs.append((conv.bias, layer.bias))
-                for tensor, values in pairs:
-                    tensor.copy_(torch.from_numpy(values))
+                for tensor, values in (
+                    (conv.weight, layer.weight),
+                    (conv.bias, layer.bias),
+                    (norm.weight, layer.scale),
+                    (norm.bias, layer.shift),
+                    (norm.running_mean, layer.mean),
+                    (norm.running_var, layer.variance),
+                ):
+                    if tensor is not None:
+                        tensor.copy_(torch.from_numpy(values))
 
 
 def read_network(blocks: Sequence[BlockHandles]) -> tuple[Block, ...]:
@@ -126,7 +129,7 @@ def _columns(x: Array, kernel: int) -> Array:
 
 def _apply(columns: Array, weight: Array, batch: int) -> Array:
     """Windows times weights: shape (batch, out, length)."""
-    out = columns @ weight.reshape(weight.shape[0], -1).T
+    out: Array = columns @ weight.reshape(weight.shape[0], -1).T
     return out.reshape(batch, -1, weight.shape[0]).swapaxes(1, 2)
 
 
@@ -220,7 +223,7 @@ def exact_pass(
         tape.append((inside, fused, total, unit))
         out, unit = np.maximum(total, 0), unit * fraction**2
     gradient = v
-    gradients = []
+    gradients: list[tuple[LayerGradients, ...]] = []
     for block, (inside, fused, total, unit) in zip(reversed(network), reversed(tape), strict=True):
         through = np.where(total > 0, gradient, 0.0)
         back, own = _exact_back(block.fusion, fused, through, backward, weights, unit * fraction)
@@ -252,7 +255,8 @@ class _Step:
 
 def _slope(layer: Layer) -> Array:
     """The exact factor of a norm whose eps is rounded off its variance."""
-    return layer.scale / np.sqrt(layer.variance)
+    slope: Array = layer.scale / np.sqrt(layer.variance)
+    return slope
 
 
 def _exact_layer(layer: Layer, x: Array, bits: _Bits, unit: float) -> _Step:
@@ -315,7 +319,8 @@ class Bounded:
     @property
     def most(self) -> Array:
         """The largest magnitude that an evaluation can have."""
-        return np.abs(self.value) + self.error
+        most: Array = np.abs(self.value) + self.error
+        return most
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,13 @@ def _simpler(trial: Trial, space: Space) -> Iterator[Trial]:
         yield from (trial[:i] + trial[i + 1 :] for i in range(len(trial) - 1))
     for name, factor in sorted(space.factors, key=_order):
         if architectural(name) or name in ("dtype", "device"):
-            for item in _simpler_values(value(trial[-1], name), factor):
+            for item in _simpler_values(name, value(trial[-1], name), factor):
                 changed = tuple(_with(case, name, item) for case in trial)
                 if all(space.meets_constraints(case) for case in changed):
                     yield changed
         else:
             for i, case in enumerate(trial):
-                for item in _simpler_values(value(case, name), factor):
+                for item in _simpler_values(name, value(case, name), factor):
                     changed_case = _with(case, name, item)
                     if space.meets_constraints(changed_case):
                         yield (*trial[:i], changed_case, *trial[i + 1 :])
@@ -62,28 +62,28 @@ def _order(named: tuple[str, Factor]) -> int:
     return _FIRST.index(named[0]) if named[0] in _FIRST else len(_FIRST)
 
 
-def _simpler_values(current: Any, factor: Factor) -> Iterator[Any]:
+def _simpler_values(name: str, current: Any, factor: Factor) -> Iterator[Any]:
     """Values of a factor that are simpler than the current one, the simplest first."""
     if isinstance(factor, Choice):
         position = factor.values.index(current) if current in factor.values else None
         yield from factor.values[:position]
     elif isinstance(factor, Integers):
-        # A batch of one is simpler than an empty one.
-        simplest = min(max(1, factor.low), factor.high) if current >= 1 else factor.low
+        simplest = factor.low
+        if name == "batch" and 1 in factor:
+            simplest = 1  # simpler than an empty one
+            if current == 0:
+                yield 1
         gap = current - simplest
-        yield from dict.fromkeys(
-            current - gap // divisor for divisor in (1, 2, 4, 8, 16) if gap // divisor > 0
-        )
-        if gap > 0:
-            yield current - 1
+        steps = [gap // divisor for divisor in (1, 2, 4, 8, 16)] + [2, 1]
+        yield from dict.fromkeys(current - step for step in steps if 0 < step <= gap)
     elif isinstance(factor, Floats):
         rounded = (factor.low, *(float(f"{current:.{digits}g}") for digits in (1, 2)))
-        yield from (number for number in rounded if number != current and number in factor)
+        yield from (number for number in rounded if number < current and number in factor)
     elif isinstance(factor, Lists):
         if len(current) > factor.low:
             yield from (current[:i] + current[i + 1 :] for i in range(len(current)))
         for i, item in enumerate(current):
-            for simpler in _simpler_values(item, factor.element):
+            for simpler in _simpler_values(name, item, factor.element):
                 yield (*current[:i], simpler, *current[i + 1 :])
 
 

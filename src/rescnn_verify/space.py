@@ -143,11 +143,14 @@ class Space:
         return all(constraint.holds(case) for constraint in self.where)
 
     def __contains__(self, case: object) -> bool:
-        return (
-            isinstance(case, Case)
-            and all(value(case, name) in factor for name, factor in self.factors)
-            and self.meets_constraints(case)
-        )
+        if not isinstance(case, Case):
+            return False
+        try:
+            return all(value(case, name) in f for name, f in self.factors) and (
+                self.meets_constraints(case)
+            )
+        except KeyError:
+            return False  # a factor of the space that the case does not name
 
 
 def value(case: Case, name: str) -> Any:

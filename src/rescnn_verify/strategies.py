@@ -8,7 +8,7 @@ channels, the first kernel, one block, batch 1, short lengths, float32, contiguo
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from hypothesis import reject
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rescnn_verify import drawing
 from rescnn_verify.case import Case, Config
-from rescnn_verify.space import ARCHITECTURES, INPUTS, Choice, Integers, Lists, Space
+from rescnn_verify.space import ARCHITECTURES, INPUTS, Choice, Factor, Integers, Lists, Space
 
 __all__ = [
     "batches",
@@ -78,10 +78,9 @@ def num_blocks(*, min_value: int = 1, max_value: int = 7) -> st.SearchStrategy[i
     return _value("num_blocks", Integers(min_value, max_value))
 
 
-@st.composite
 def channels(
-    draw: st.DrawFn, *, min_value: int = 1, max_value: int = 128, branches: int = 1
-) -> int:
+    *, min_value: int = 1, max_value: int = 128, branches: int = 1
+) -> st.SearchStrategy[int]:
     """Channel counts: small ones, powers of two and their neighbours, and any other.
 
     Args:
@@ -91,17 +90,13 @@ def channels(
     """
     _check_bounds("min_value", min_value, "max_value", max_value, least=1)
     _check_bounds("branches", branches, "max_value", max_value, least=1)
-    return drawing.draw_channels(_HypothesisDraw(draw), Integers(min_value, max_value), branches)
+    factor = Integers(min_value, max_value)
+    return _drawn(lambda draw: drawing.draw_channels(draw, factor, branches))
 
 
-@st.composite
 def lengths(
-    draw: st.DrawFn,
-    *,
-    min_value: int = 1,
-    max_value: int = 4200,
-    near: Sequence[int] = (3, 7, 19),
-) -> int:
+    *, min_value: int = 1, max_value: int = 4200, near: Sequence[int] = (3, 7, 19)
+) -> st.SearchStrategy[int]:
     """Lengths: short ones, those around given values, several hundred, and any other.
 
     Args:
@@ -110,14 +105,14 @@ def lengths(
             halves matter.
     """
     _check_bounds("min_value", min_value, "max_value", max_value, least=0)
-    return drawing.draw_length(_HypothesisDraw(draw), Integers(min_value, max_value), near)
+    factor = Integers(min_value, max_value)
+    return _drawn(lambda draw: drawing.draw_length(draw, factor, near))
 
 
-@st.composite
-def batches(draw: st.DrawFn, *, min_value: int = 0, max_value: int = 130) -> int:
+def batches(*, min_value: int = 0, max_value: int = 130) -> st.SearchStrategy[int]:
     """Batch sizes: 1, a few, more than 8, powers of two and their neighbours, and 0."""
     _check_bounds("min_value", min_value, "max_value", max_value, least=0)
-    return drawing.draw_batch(_HypothesisDraw(draw), Integers(min_value, max_value))
+    return _drawn(lambda draw: drawing.draw_batch(draw, Integers(min_value, max_value)))
 
 
 def dtypes() -> st.SearchStrategy[str]:
@@ -187,8 +182,12 @@ def cases(
 
 
 @st.composite
-def _value(draw: st.DrawFn, name: str, factor: drawing.Factor) -> Any:
-    return drawing.draw_value(_HypothesisDraw(draw), name, factor)
+def _drawn(draw: st.DrawFn, make: Callable[[drawing.Draw], T]) -> T:
+    return make(_HypothesisDraw(draw))
+
+
+def _value(name: str, factor: Factor) -> st.SearchStrategy[Any]:
+    return _drawn(lambda draw: drawing.draw_value(draw, name, factor))
 
 
 def _factor(space: Space, name: str) -> st.SearchStrategy[Any]:

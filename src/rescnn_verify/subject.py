@@ -89,7 +89,7 @@ class Subject:
 
     def backward(self, out: Tensor, gradient: Tensor, what: str = "backward") -> None:
         """Accumulates the vector-Jacobian product of ``gradient`` in the leaves' ``.grad``."""
-        attempt(what, lambda: out.backward(gradient))
+        attempt(what, lambda: torch.autograd.backward(out, gradient))
 
     def vjp(self, model: nn.Module, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The output at x and Jᵀv, v broadcast to the output's shape."""

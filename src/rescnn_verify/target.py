@@ -134,7 +134,7 @@ class Target:
     def source_files(self) -> frozenset[str]:
         """The files of the target's own code, as tracebacks name them."""
         if self.constructor is None:
-            return frozenset(map(_file_of, (self.build, self.call))) - _FOREIGN
+            return frozenset({_file_of(self.build), _file_of(self.call)}) - _FOREIGN
         modules = (sys.modules.get(base.__module__) for base in self.constructor.__mro__)
         files = {str(getattr(module, "__file__", "")) for module in modules}
         return frozenset(file for file in files if file not in _FOREIGN)

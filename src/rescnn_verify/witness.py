@@ -36,14 +36,14 @@ class Witness:
     """A case for which a property was false.
 
     Args:
-        property: the property's name.
+        name: the property's name.
         target: the target as it was named on the command line.
         trial: the cases run on one built model, in order; the last one falsifies. There is more
             than one only if the model has to remember the ones before.
         what, expected, got: the comparison that failed.
     """
 
-    property: str
+    name: str
     target: str
     trial: tuple[Case, ...]
     what: str
@@ -57,7 +57,7 @@ class Witness:
     def to_json(self) -> dict[str, Any]:
         return {
             "version": VERSION,
-            "property": self.property,
+            "property": self.name,
             "target": self.target,
             "case": self.case.to_json(),
             "before": [case.to_json() for case in self.trial[:-1]],
@@ -70,7 +70,7 @@ class Witness:
     @property
     def filename(self) -> str:
         text = self.target + "".join(case.dumps() for case in self.trial)
-        return f"{self.property}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
 
     def write(self, folder: Path) -> Path:
         """Writes the witness into a folder, making it if need be."""
@@ -96,14 +96,13 @@ class Witness:
             raise WitnessError(f"{path} is not a witness of version {VERSION}")
         try:
             trial = tuple(Case.from_json(item) for item in (*data["before"], data["case"]))
-            texts = {
-                key: str(data[key]) for key in ("property", "target", "what", "expected", "got")
-            }
+            name = str(data["property"])
+            texts = {key: str(data[key]) for key in ("target", "what", "expected", "got")}
         except KeyError as error:
             raise WitnessError(f"{path} has no {error.args[0]!r}") from error
         except (CaseError, TypeError) as error:
             raise WitnessError(f"{path}: {error}") from error
-        return cls(trial=trial, **texts)
+        return cls(name=name, trial=trial, **texts)
 
     def python(self) -> str:
         """Lines of plain Python that raise `Falsified` again."""
@@ -114,7 +113,7 @@ class Witness:
         )
         return (
             "from rescnn_verify.witness import reproduce\n"
-            f"reproduce({self.property!r}, {self.target!r}, {cases})"
+            f"reproduce({self.name!r}, {self.target!r}, {cases})"
         )
 
 
@@ -134,7 +133,7 @@ def reproduce(name: str, target: str, *cases: Mapping[str, Any]) -> None:
 def replay(witness: Witness) -> Falsified | None:
     """The falsification that a witness shows now, None when the property holds for it."""
     try:
-        reproduce(witness.property, witness.target, *(case.to_json() for case in witness.trial))
+        reproduce(witness.name, witness.target, *(case.to_json() for case in witness.trial))
     except Falsified as falsified:
         return falsified
     return None
