@@ -22,7 +22,7 @@ EVAL = INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 33))
     space=EVAL.narrow(length=Integers(1, 1100), onednn=Choice(True, False)),
     needs=(*REFERENCE, DIRECT),
     work=2**16,
-    effort=2.5,
+    effort=2,
 )
 def integer_networks_are_exact(subject, case):
     """On a certified integer network the output equals NumPy's, in every dtype, by ``==``.
@@ -45,7 +45,7 @@ def integer_networks_are_exact(subject, case):
     space=EVAL.narrow(length=Integers(1, 600), onednn=Choice(True, False)),
     needs=(*REFERENCE, DIRECT),
     work=2**16,
-    effort=1.5,
+    effort=1.2,
 )
 def integer_gradients_are_exact(subject, case):
     """On a certified integer network Jᵀv equals NumPy's, in every dtype, by ``==``.
@@ -96,7 +96,7 @@ def integer_weight_gradients_are_exact(subject, case):
     ),
     needs=REFERENCE,
     evidence="bounded",
-    work=2**16, effort=2)  # fmt: skip
+    work=2**16, effort=1.5)  # fmt: skip
 def real_networks_are_within_their_bound(subject, case):
     """In float64 the output is within the running error bound of an extended-precision reference.
 

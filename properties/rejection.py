@@ -6,29 +6,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rescnn_verify.case import Config
 from rescnn_verify.compare import attempt, equal, holds, refuses, same_bits
+from rescnn_verify.invalid import IMPOSSIBLE, UNUSUAL, spoilable, spoiled
 from rescnn_verify.needs import CHECKED_INPUT, CONTRACT, DIRECT, NONFINITE, REFUSALS
 from rescnn_verify.probes import as_input, positions, randomise
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Lists, Space
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import NotApplicable
-
-NO_VALUE = (
-    ("channels", 0), ("channels", -4), ("channels", True), ("channels", 8.0), ("channels", 6.5),
-    ("num_blocks", 0), ("num_blocks", -1), ("num_blocks", True), ("num_blocks", 2.0),
-    ("num_blocks", 1.5),
-    ("kernel_sizes", ()),
-    ("one kernel", 0), ("one kernel", -3), ("one kernel", -1), ("one kernel", True),
-    ("one kernel", 3.0), ("one kernel", 2.5),
-    ("dropout", -0.5), ("dropout", -1e-9), ("dropout", 1.5), ("dropout", 1.0000001),
-    ("dropout", math.nan), ("dropout", math.inf), ("dropout", -math.inf),
-)  # fmt: skip
-UNUSUAL = (
-    ("one kernel", 2), ("one kernel", 4), ("one kernel", 6), ("every kernel", 2),
-    ("every kernel", 4), ("every kernel", 8), ("two kernels", (2, 4)), ("fewer channels", 1),
-    ("fewer channels", 2),
-)  # fmt: skip
 
 
 def _has_argument(target, invalid):
@@ -43,7 +27,7 @@ def _has_argument(target, invalid):
 
 
 @statement(
-    space=Space(invalid=Choice(*NO_VALUE)),
+    space=Space(invalid=Choice(*IMPOSSIBLE)),
     needs=(REFUSALS,),
     effort=6,
 )
@@ -55,8 +39,8 @@ def impossible_arguments_are_refused(subject, case):
     """
     if not _has_argument(subject.target, case["invalid"]):
         return
-    config, names, value = _invalid(case)
-    what = f"building {_say(config)}"
+    config, names, value = spoiled(case.config, case["invalid"], case.seed)
+    what = f"building {config.describe()}"
     error = refuses(lambda: subject.target.build(config), subject.target.errors, what)
     yield holds(error is not None, what, "a refusal", "a model")
     yield from _names_its_reason(error, names, value, what)
@@ -64,7 +48,7 @@ def impossible_arguments_are_refused(subject, case):
 
 @statement(
     space=INPUTS.narrow(
-        Constraint("enough kernels", lambda c: _enough_kernels(c)),
+        Constraint("enough kernels", lambda c: spoilable(c.config, c["invalid"])),
         invalid=Choice(*UNUSUAL), mode=Choice("eval"), dtype=Choice("float64"),
         batch=Choice(2), layout=Choice("contiguous"), length=Integers(1, 40),
     ),
@@ -76,8 +60,8 @@ def unusual_arguments_are_refused_or_honoured(subject, case):
     is the formula's and the measured one at least as wide as any position sees; and the values are
     those of the stated architecture as far as relu(x) under a zeroed model shows.
     """
-    config, names, value = _invalid(case)
-    what = f"building {_say(config)}"
+    config, names, value = spoiled(case.config, case["invalid"], case.seed)
+    what = f"building {config.describe()}"
     error = refuses(lambda: subject.target.build(config), subject.target.errors, what)
     if error is not None:
         yield from _names_its_reason(error, names, value, what)
@@ -89,56 +73,27 @@ def unusual_arguments_are_refused_or_honoured(subject, case):
         x = torch.from_numpy(case.rng("input").standard_normal((2, config.channels, length)))
         with torch.no_grad():
             out = subject(model, x)
-        yield equal(tuple(out.shape), tuple(x.shape), f"output shape for {_say(config)}")
+        yield equal(tuple(out.shape), tuple(x.shape), f"output shape for {config.describe()}")
     if (claim := subject.target.claims.get("receptive field")) is not None:
         claimed = attempt("claimed receptive field", lambda: claim(model, config))
-        yield equal(claimed, 1 + n * (widest - 1), f"claimed receptive field for {_say(config)}")
+        yield equal(
+            claimed, 1 + n * (widest - 1), f"claimed receptive field for {config.describe()}"
+        )
     length = 4 * n * widest + 1
     x = torch.from_numpy(case.rng("input").standard_normal((1, config.channels, length)))
     x[0, 0, length // 2] = math.nan
     with torch.no_grad():
         seen = torch.isnan(subject(model, x)).any(dim=1)[0]
-    yield equal(int(seen.sum()), 1 + n * (widest - 1), f"measured field for {_say(config)}")
+    yield equal(int(seen.sum()), 1 + n * (widest - 1), f"measured field for {config.describe()}")
     for length in (1, 2, case.length, 4 * widest):
         x = torch.from_numpy(case.rng("input").standard_normal((2, config.channels, length)))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
             out = subject(model, x)
-        yield same_bits(out, torch.relu(x), f"output of {_say(config)} with all parameters zero")
-
-
-def _enough_kernels(case):
-    kind, value = case["invalid"]
-    least = {"two kernels": 2, "fewer channels": value if kind == "fewer channels" else 1}
-    return (
-        case.branches > least.get(kind, 0)
-        if kind == "fewer channels"
-        else (case.branches >= least.get(kind, 1))
-    )
-
-
-def _invalid(case):
-    """The configuration with one argument made invalid, that argument's names, and the value."""
-    kind, value = case["invalid"]
-    place = case.seed % case.branches
-    kernels = list(case.kernel_sizes)
-    names = ("kernel",)
-    if kind == "one kernel":
-        kernels[place] = value
-    elif kind == "every kernel":
-        kernels = [value] * len(kernels)
-    elif kind == "two kernels":
-        kernels[place], kernels[place - 1] = value
-        value = None
-    elif kind == "fewer channels":
-        return replace(case.config, channels=value), ("channel", "kernel"), value
-    elif kind == "kernel_sizes":
-        kernels, value = [], None
-    else:
-        names = {"num_blocks": ("block",), "channels": ("channel",), "dropout": ("dropout",)}[kind]
-        return replace(case.config, **{kind: value}), names, value
-    return replace(case.config, kernel_sizes=tuple(kernels)), names, value
+        yield same_bits(
+            out, torch.relu(x), f"output of {config.describe()} with all parameters zero"
+        )
 
 
 def _names_its_reason(error, names, value, what):
@@ -149,13 +104,6 @@ def _names_its_reason(error, names, value, what):
         spelled = (repr(value), str(value), f"{value:g}" if isinstance(value, float) else "")
         named = any(form and form in text for form in spelled)
         yield holds(named, f"{what}: message", f"it gives the value {value!r}", repr(text))
-
-
-def _say(config: Config):
-    return (
-        f"channels={config.channels!r}, num_blocks={config.num_blocks!r}, "
-        f"kernel_sizes={list(config.kernel_sizes)}, dropout={config.dropout!r}"
-    )
 
 
 WRONG_SHAPES = (

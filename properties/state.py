@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import torch
 
-from rescnn_verify.compare import attempt, equal, holds, same_bits
+from rescnn_verify.compare import attempt, equal, holds, same_bits, same_tensors
 from rescnn_verify.needs import BATCH_NORM, CONTRACT, HANDLES, STACK
 from rescnn_verify.probes import normal_input, randomise
 from rescnn_verify.space import INPUTS, Choice, Integers, Space
@@ -25,9 +25,7 @@ def same_seed_same_initial_weights(subject, case):
         torch.manual_seed(seed)
         models.append(subject.build_with(case.config))
     first, again, other = (model.state_dict() for model in models)
-    yield equal(list(again), list(first), "names in the state_dict of a second model")
-    for name in first:
-        yield same_bits(again[name], first[name], f"initial {name} from the same generator state")
+    yield same_tensors(again, first, "initial state from the same generator state")
     weights = [name for name, p in models[0].named_parameters() if p.dim() > 1]
     alike = [name for name in weights if torch.equal(first[name], other[name])]
     yield equal(alike, [], "weights that are the same from another generator state")
@@ -60,7 +58,7 @@ def initial_weights_are_not_degenerate(subject, case):
                 weights.append((where, weight))
 
 
-@statement(space=EVAL, effort=0.5)
+@statement(space=EVAL, effort=0.3)
 def everything_moves_with_the_model(subject, case):
     """After `.to(dtype)` every floating parameter and buffer has the dtype, and forward works.
 
@@ -93,6 +91,27 @@ def _through_state_dict(subject, model, case):
     return other
 
 
+def _through_assignment(subject, model, case):
+    other = subject.build(case)
+    with torch.no_grad():
+        subject(subject.set_mode(other, "eval"), normal_input(case))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    attempt("load_state_dict(assign=True)", lambda: other.load_state_dict(state, assign=True))
+    return other
+
+
+def _through_replacement(subject, model, case):
+    other = subject.build(case)
+    with torch.no_grad():
+        subject(subject.set_mode(other, "eval"), normal_input(case))
+    for source, module in zip(model.modules(), other.modules(), strict=True):
+        for name, parameter in source.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
+        for name, buffer in source.named_buffers(recurse=False):
+            setattr(module, name, buffer.clone())
+    return other
+
+
 def _through_save(subject, model, case):
     file = io.BytesIO()
     attempt("torch.save", lambda: torch.save(model.state_dict(), file))
@@ -115,22 +134,29 @@ def _through_pickle(subject, model, case):
     return attempt("unpickling", lambda: pickle.loads(data))
 
 
-@statement(space=EVAL.narrow(way=Choice("state_dict", "torch.save", "deepcopy")), effort=0.4)
+@statement(
+    space=EVAL.narrow(
+        way=Choice("state_dict", "assignment", "replacement", "torch.save", "deepcopy")
+    ),
+    effort=0.3,
+)
 def copies_are_the_same_function(subject, case):
-    """A state_dict, a saved file and a deep copy give the same function, to the bit.
+    """Loaded, assigned, replaced, saved or copied tensors give the same function.
 
-    The copy is compared in eval mode, in train mode under the same generator, and after training;
-    training the copy does not change the original.
+    To the bit: in eval mode, in train mode under the same generator, and after training. Training
+    the copy does not change the original.
     """
     ways = {
         "state_dict": _through_state_dict,
+        "assignment": _through_assignment,
+        "replacement": _through_replacement,
         "torch.save": _through_save,
         "deepcopy": _through_deepcopy,
     }
     yield from _same_function(subject, case, ways[case["way"]])
 
 
-@statement(space=EVAL.narrow(length=Integers(1, 20)), effort=0.2)
+@statement(space=EVAL.narrow(length=Integers(1, 20)), effort=0.12)
 def a_pickled_model_is_the_same_function(subject, case):
     """A pickled model is the same function, to the bit; a model may refuse to be pickled."""
     yield from _same_function(subject, case, _through_pickle)
@@ -146,10 +172,7 @@ def _same_function(subject, case, way):
         subject(model, wide)
     subject.set_mode(model, "eval")
     other = subject.set_mode(way(subject, model, case), "eval")
-    names = list(model.state_dict())
-    yield equal(list(other.state_dict()), names, "names in the copy's state_dict")
-    for name, value in model.state_dict().items():
-        yield same_bits(other.state_dict()[name], value, f"{name} of the copy")
+    yield same_tensors(other.state_dict(), model.state_dict(), "state_dict of the copy")
     outputs = []
     for built in (model, other):
         torch.manual_seed(case.seed)
@@ -165,8 +188,42 @@ def _same_function(subject, case, way):
         yield same_bits(second, first, f"output of the copy {when}")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     randomise(other, np.random.default_rng(case.seed))
-    for name, value in model.state_dict().items():
-        yield same_bits(value, before[name], f"{name} of the original after changing the copy")
+    yield same_tensors(model.state_dict(), before, "original after changing the copy")
+
+
+@statement(space=EVAL, effort=0.5)
+def functional_call_uses_the_tensors_it_is_given(subject, case):
+    """torch.func.functional_call with another model's state gives the other model's function.
+
+    To the bit, and the model's own tensors stay as they were.
+    """
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    x = normal_input(case)
+    with torch.no_grad():
+        expected = subject(model, x)
+        other = subject.set_mode(subject.build(case), "eval")
+        before = subject(other, x)
+
+        def call(module, value):
+            bound = _Bound(module, subject.target.call)
+            named = {f"module.{name}": tensor for name, tensor in state.items()}
+            return torch.func.functional_call(bound, named, (value,))
+
+        yield same_bits(subject(other, x, call=call), expected, "output of functional_call")
+        yield same_bits(subject(other, x), before, "output after functional_call")
+
+
+class _Bound(torch.nn.Module):
+    """A module together with the way it is called."""
+
+    def __init__(self, module, call):
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, x):
+        return self.call(self.module, x)
 
 
 @statement(space=Space(), needs=(CONTRACT,), effort=0.5)

@@ -117,7 +117,6 @@ def test_fields_left_out_take_their_defaults():
     assert Case.from_json({"version": 1, "length": 3}) == Case(length=3)
 
 
-@pytest.mark.xfail(strict=True, raises=CaseError, reason="taken for a tagged float")
 @pytest.mark.parametrize("name", ["extra", "options"])
 def test_a_factor_may_have_any_name(name):
     case = Case(**{name: (("float", 2),)})

@@ -1,5 +1,6 @@
 """The oracles agree with torch and with naive rational arithmetic, and their bounds are bounds."""
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import nn
 
 from rescnn import ResCNNStack
 from rescnn_verify.case import Case
+from rescnn_verify.compare import within
 from rescnn_verify.handles import contract_handles
 from rescnn_verify.networks import certify, make_real, values_of
 from rescnn_verify.oracles import (
@@ -74,7 +76,7 @@ integer_cases = pytest.mark.parametrize(
         Case(**shape, dtype=dtype, seed=seed)
         for shape in SHAPES
         for dtype in ("float64", "float32")
-        for seed in range(3)
+        for seed in range(2)
     ],
     ids=str,
 )
@@ -543,52 +545,96 @@ both_modes = pytest.mark.parametrize("mode", ["eval", "train"])
 magnitudes = pytest.mark.parametrize("magnitude", [1.0, 1e-9, 1e6])
 
 
+class Precise:
+    """A real-valued network and its input in decimals of 60 digits, as lists that may be changed.
+
+    Args:
+        network, x, train: as for `real_pass`.
+        unbiased: normalise with the unbiased variance.
+    """
+
+    def __init__(self, network, x, *, train, unbiased=False):
+        self.train, self.unbiased = train, unbiased
+        self.blocks = [
+            [
+                {name: decimals(getattr(layer, name)) for name in (*NAMES, "variance", "eps")}
+                for layer in (*block.branches, block.fusion)
+            ]
+            for block in network
+        ]
+        self.x = decimals(x)
+
+    def forward(self):
+        """The output, and each norm's mean and unbiased variance."""
+        statistics = []
+        with localcontext() as context:
+            context.prec = DIGITS
+            x = self.x
+            for *branches, fusion in self.blocks:
+                inside = [self.layer(branch, x, statistics) for branch in branches]
+                joined = [
+                    [[max(v, Decimal(0)) for v in row] for part in inside for row in part[b]]
+                    for b in range(len(x))
+                ]
+                fused = self.layer(fusion, joined, statistics)
+                x = [
+                    [
+                        [max(p + q, Decimal(0)) for p, q in zip(*rows, strict=True)]
+                        for rows in zip(*pair, strict=True)
+                    ]
+                    for pair in zip(x, fused, strict=True)
+                ]
+        return x, statistics
+
+    def layer(self, layer, x, statistics):
+        out = [[] for _ in x]
+        for o, weights in enumerate(layer["weight"]):
+            rows = [
+                [sum(terms_of(weights, sample, t), layer["bias"][o]) for t in range(len(sample[0]))]
+                for sample in x
+            ]
+            mean, variance = layer["mean"][o], layer["variance"][o]
+            if self.train:
+                values = [v for row in rows for v in row]
+                mean = sum(values) / len(values)
+                squares = sum((v - mean) ** 2 for v in values)
+                statistics.append((mean, squares / (len(values) - 1)))
+                variance = squares / (len(values) - self.unbiased)
+            slope = layer["scale"][o] / (variance + layer["eps"]).sqrt()
+            for sample, row in zip(out, rows, strict=True):
+                sample.append([(v - mean) * slope + layer["shift"][o] for v in row])
+        return out
+
+    def derivatives(self, variables, v):
+        """Central differences of ⟨v, output⟩ by each number in nested lists, in their order."""
+        v = list(leaves(decimals(v)))
+        found = []
+        with localcontext() as context:
+            context.prec = DIGITS
+            for values, i in places(variables):
+                kept = values[i]
+                step = max(abs(kept), Decimal("1e-6")) * Decimal("1e-20")
+                ends = []
+                for moved in (kept + step, kept - step):
+                    values[i] = moved
+                    out = leaves(self.forward()[0])
+                    ends.append(sum(a * b for a, b in zip(out, v, strict=True)))
+                values[i] = kept
+                found.append((ends[0] - ends[1]) / (2 * step))
+        return found
+
+
 def decimals(array):
     return as_lists(np.asarray(array, dtype=np.float64), lambda v: Decimal(v))
 
 
-def precise_pass(network, x, *, train, unbiased=False):
-    """The architecture in decimal arithmetic of 60 digits, and each norm's mean and variance."""
-    statistics = []
-    with localcontext() as context:
-        context.prec = DIGITS
-        x = decimals(x)
-        for block in network:
-            inside = [precise_layer(b, x, train, unbiased, statistics) for b in block.branches]
-            joined = [
-                [[max(v, Decimal(0)) for v in row] for part in inside for row in part[b]]
-                for b in range(len(x))
-            ]
-            fused = precise_layer(block.fusion, joined, train, unbiased, statistics)
-            x = [
-                [
-                    [max(p + q, Decimal(0)) for p, q in zip(*rows, strict=True)]
-                    for rows in zip(*pair, strict=True)
-                ]
-                for pair in zip(x, fused, strict=True)
-            ]
-    return x, statistics
-
-
-def precise_layer(layer, x, train, unbiased, statistics):
-    out = [[] for _ in x]
-    for o in range(len(layer.bias)):
-        weights, bias = decimals(layer.weight[o]), Decimal(float(layer.bias[o]))
-        rows = [
-            [sum(terms_of(weights, sample, t), bias) for t in range(len(sample[0]))] for sample in x
-        ]
-        mean, variance = Decimal(float(layer.mean[o])), Decimal(float(layer.variance[o]))
-        if train:
-            values = [v for row in rows for v in row]
-            mean = sum(values) / len(values)
-            squares = sum((v - mean) ** 2 for v in values)
-            statistics.append((mean, squares / (len(values) - 1)))
-            variance = squares / (len(values) - unbiased)
-        root = (variance + Decimal(float(layer.eps))).sqrt()
-        scale, shift = Decimal(float(layer.scale[o])), Decimal(float(layer.shift[o]))
-        for sample, row in zip(out, rows, strict=True):
-            sample.append([(v - mean) / root * scale + shift for v in row])
-    return out
+def places(nested):
+    """Where the numbers in nested lists are: lists and indices."""
+    for i, part in enumerate(nested):
+        if isinstance(part, list):
+            yield from places(part)
+        else:
+            yield nested, i
 
 
 def exact_decimal(value):
@@ -610,42 +656,31 @@ def errors(values, reference):
 @both_modes
 @magnitudes
 @pytest.mark.parametrize("seed", range(2))
-def test_real_passes_agree_with_60_digits(case, mode, magnitude, seed):
-    case, _, _, network, x = real(case, seed=seed, mode=mode, magnitude=magnitude)
-    found = real_pass(network, x, train=mode == "train")
-    reference, _ = precise_pass(network, x, train=mode == "train")
-    finite = np.isfinite(found.error.ravel())
-    assert finite.all() or mode == "train"
-    off = errors(found.out, reference)
-    assert (off[finite] <= found.error.ravel()[finite] / 200).all()
-
-
-@real_cases
-@both_modes
-@magnitudes
-@pytest.mark.parametrize("seed", range(4))
-def test_the_bound_contains_what_torch_computes(case, mode, magnitude, seed):
+def test_real_passes_agree_with_60_digits_and_the_bound_contains_torch(case, mode, magnitude, seed):
     case, model, _, network, x = real(case, seed=seed, mode=mode, magnitude=magnitude)
-    found = real_pass(network, x, train=mode == "train")
-    reference, _ = precise_pass(network, x, train=mode == "train")
+    found = real_pass(network, x, train=mode == "train").out
+    reference, _ = Precise(network, x, train=mode == "train").forward()
+    bound = found.error.ravel()
+    finite = np.isfinite(bound)
+    assert finite.all() or mode == "train"
+    assert (errors(found.value, reference)[finite] <= bound[finite] / 200).all()
     with torch.no_grad():
         out = model(torch.from_numpy(x)).numpy()
-    finite = np.isfinite(found.error.ravel())
-    assert (errors(out, reference)[finite] <= found.error.ravel()[finite]).all()
+    assert (errors(out, reference)[finite] <= bound[finite]).all()
 
 
 @real_cases
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_training_leaves_the_statistics_within_their_bounds(case, seed):
     case, model, blocks, network, x = real(case, seed=seed, mode="train")
     found = real_pass(network, x, train=True)
-    _, reference = precise_pass(network, x, train=True)
+    _, reference = Precise(network, x, train=True).forward()
     learned = [s for layers in found.statistics for s in layers]
     assert len(learned) == len(layers_of(network))
-    means = np.concatenate([s.mean for s in learned])
-    variances = np.concatenate([s.variance for s in learned])
-    mean_errors = np.concatenate([s.mean_error for s in learned])
-    variance_errors = np.concatenate([s.variance_error for s in learned])
+    means = np.concatenate([s.mean.value for s in learned])
+    variances = np.concatenate([s.variance.value for s in learned])
+    mean_errors = np.concatenate([s.mean.error for s in learned])
+    variance_errors = np.concatenate([s.variance.error for s in learned])
     assert (errors(means, [mean for mean, _ in reference]) <= mean_errors / 200).all()
     assert (errors(variances, [var for _, var in reference]) <= variance_errors / 200).all()
     for block in blocks:
@@ -664,7 +699,7 @@ def test_most_training_passes_have_a_bound():
     bounded = 0
     for seed in range(20):
         _, _, _, network, x = real(REAL[1], seed=seed, mode="train")
-        bounded += np.isfinite(real_pass(network, x, train=True).error).all()
+        bounded += np.isfinite(real_pass(network, x, train=True).out.error).all()
     assert bounded >= 15
 
 
@@ -677,20 +712,20 @@ def ordinary(mode, seed=0, num_blocks=3):
 
 
 @pytest.mark.parametrize(
-    ("mode", "num_blocks", "least"), [("eval", 3, 1e-9), ("train", 1, 1e-9), ("train", 3, 1e-4)]
+    ("mode", "num_blocks", "least"), [("eval", 3, 1e-9), ("train", 1, 1e-8), ("train", 3, 1e-4)]
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_bound_says_something(mode, num_blocks, least, seed):
     _, _, blocks, x = ordinary(mode, seed, num_blocks)
-    found = real_pass(read_network(blocks), x, train=mode == "train")
+    found = real_pass(read_network(blocks), x, train=mode == "train").out
     assert np.isfinite(found.error).all()
-    alive = found.out > 0.01
+    alive = found.value > 0.01
     assert alive.mean() > 0.2
-    assert (found.error[alive] < least * found.out[alive]).all()
+    assert (found.error[alive] < least * found.value[alive]).all()
 
 
-def share_outside(out, found):
-    off = np.abs(out.detach().double().numpy().astype(np.longdouble) - found.out)
+def share_outside(got, found):
+    off = np.abs(got.detach().double().numpy().astype(np.longdouble) - found.value)
     return float((off > found.error).mean())
 
 
@@ -698,36 +733,36 @@ def share_outside(out, found):
 def test_the_model_itself_is_inside_of_the_bound(mode):
     _, model, blocks, x = ordinary(mode)
     found = real_pass(read_network(blocks), x, train=mode == "train")
-    assert share_outside(model(torch.from_numpy(x)), found) == 0
+    assert share_outside(model(torch.from_numpy(x)), found.out) == 0
 
 
 @both_modes
 @pytest.mark.parametrize("eps", [1e-9, 0.9e-5, 1.001e-5, 1e-3])
 def test_another_eps_is_outside_of_the_bound(mode, eps):
-    _, model, blocks, x = ordinary(mode)
+    _, model, blocks, x = ordinary(mode, num_blocks=2)
     found = real_pass(read_network(blocks), x, train=mode == "train")
     for block in blocks:
         for layer in block.layers:
             layer.norm.eps = eps
-    assert share_outside(model(torch.from_numpy(x)), found) > 0.3
+    assert share_outside(model(torch.from_numpy(x)), found.out) > 0.3
 
 
 @both_modes
 def test_a_cast_to_float32_is_outside_of_the_bound(mode):
-    _, model, blocks, x = ordinary(mode)
+    _, model, blocks, x = ordinary(mode, num_blocks=2)
     found = real_pass(read_network(blocks), x, train=mode == "train")
     rounded = torch.from_numpy(x).float().double()
-    assert share_outside(model(rounded), found) > 0.3
-    assert share_outside(model.float()(rounded.float()), found) > 0.3
+    assert share_outside(model(rounded), found.out) > 0.3
+    assert share_outside(model.float()(rounded.float()), found.out) > 0.3
 
 
 def test_the_unbiased_variance_is_outside_of_the_bound():
     _, _, _, network, x = real(REAL[1], seed=0, mode="train")
-    found = real_pass(network, x, train=True)
-    biased, _ = precise_pass(network, x, train=True)
-    other, _ = precise_pass(network, x, train=True, unbiased=True)
-    assert (errors(found.out, biased) <= found.error.ravel()).all()
-    assert (errors(found.out, other) > found.error.ravel()).mean() > 0.3
+    found = real_pass(network, x, train=True).out
+    biased, _ = Precise(network, x, train=True).forward()
+    other, _ = Precise(network, x, train=True, unbiased=True).forward()
+    assert (errors(found.value, biased) <= found.error.ravel()).all()
+    assert (errors(found.value, other) > found.error.ravel()).mean() > 0.3
 
 
 @both_modes
@@ -735,7 +770,7 @@ def test_the_other_mode_is_outside_of_the_bound(mode):
     _, model, blocks, x = ordinary(mode)
     found = real_pass(read_network(blocks), x, train=mode == "train")
     model.train(mode == "eval")
-    assert share_outside(model(torch.from_numpy(x)), found) > 0.3
+    assert share_outside(model(torch.from_numpy(x)), found.out) > 0.3
 
 
 def test_an_eval_pass_learns_nothing():
@@ -752,4 +787,196 @@ def test_a_constant_channel_in_train_mode_has_no_bound():
                 layer.conv.weight.zero_()
                 layer.conv.bias.fill_(0.1)
     found = real_pass(read_network(blocks), x, train=True)
-    assert not np.isfinite(found.error).all()
+    assert not np.isfinite(found.out.error).all()
+    assert found.kink
+
+
+# --- gradients of real-valued networks -----------------------------------------------------------
+
+
+def autograd(model, blocks, x, v):
+    """Gradients at the input and at each parameter, in the dtype of the model."""
+    dtype = next(model.parameters()).dtype
+    x = torch.from_numpy(x).to(dtype).requires_grad_()
+    model.zero_grad()
+    model(x).backward(torch.from_numpy(v).to(dtype))
+    return [x.grad, *(p.grad for p in itertools.chain.from_iterable(gradients_of(blocks)))]
+
+
+def bounds_of(found):
+    """Bounds in the order of `autograd`."""
+    layers = itertools.chain.from_iterable(found.gradients)
+    return [found.input_gradient, *itertools.chain.from_iterable(map(parts, layers))]
+
+
+def cotangent(case):
+    return case.rng("gradient").standard_normal(case.shape)
+
+
+@functools.cache
+def ordinary_pass(mode, seed=0, num_blocks=2):
+    """The backward pass of an ordinary network; its model must be left as it is."""
+    case, model, blocks, x = ordinary(mode, seed, num_blocks)
+    v = cotangent(case)
+    return model, blocks, x, v, real_pass(read_network(blocks), x, v=v, train=mode == "train")
+
+
+@both_modes
+@magnitudes
+@pytest.mark.parametrize("case", [*REAL, Case(channels=7, kernel_sizes=(3, 5), length=40)], ids=str)
+def test_gradients_of_torch_are_within_their_bounds(case, mode, magnitude):
+    compared = 0
+    for seed in range(4):
+        case, model, blocks, network, x = real(case, seed=seed, mode=mode, magnitude=magnitude)
+        v = cotangent(case)
+        found = real_pass(network, x, v=v, train=mode == "train")
+        if found.kink:
+            continue
+        compared += 1
+        for i, pair in enumerate(zip(autograd(model, blocks, x, v), bounds_of(found), strict=True)):
+            within(*pair, f"gradient {i} with seed {seed}")
+    assert compared >= (4 if mode == "eval" else 1)
+
+
+# Worst cases multiply: each norm of a batch's own statistics costs a digit or two, there and back.
+@pytest.mark.parametrize(
+    ("mode", "num_blocks", "least"),
+    [("eval", 1, 1e-10), ("eval", 2, 1e-10), ("train", 1, 1e-7), ("train", 2, 1e-3)],
+)
+@pytest.mark.parametrize("seed", range(2))
+def test_the_bounds_of_gradients_contain_torch_and_say_something(mode, num_blocks, least, seed):
+    model, blocks, x, v, found = ordinary_pass(mode, seed, num_blocks)
+    assert not found.kink
+    kinds = ["x", *("weight", "bias", "scale", "shift") * (4 * num_blocks)]
+    got = autograd(model, blocks, x, v)
+    for kind, gradient, bounds in zip(kinds, got, bounds_of(found), strict=True):
+        within(gradient, bounds, kind)
+        size = np.abs(bounds.value)
+        if kind == "bias" and mode == "train":
+            # The batch's mean takes the bias away again.
+            assert (bounds.error < 20 * least).all() and (size <= bounds.error).all()
+        else:
+            seen = size > 0
+            assert np.median(bounds.error[seen] / size[seen]) < least, kind
+
+
+TINY_REAL = [
+    Case(channels=1, kernel_sizes=(3,), length=4),
+    Case(channels=2, kernel_sizes=(3, 1), length=3, batch=2),
+    Case(channels=2, kernel_sizes=(3,), length=4, num_blocks=2),
+]
+
+
+@pytest.mark.parametrize("case", TINY_REAL, ids=str)
+@both_modes
+@pytest.mark.parametrize("seed", range(2))
+def test_gradients_agree_with_differences_of_60_digits(case, mode, seed):
+    case, _, _, network, x = real(case, seed=seed, mode=mode)
+    v = cotangent(case)
+    found = real_pass(network, x, v=v, train=mode == "train")
+    assert not found.kink
+    precise = Precise(network, x, train=mode == "train")
+    variables = [precise.x] + [
+        layer[name]
+        for block in precise.blocks
+        for layer in block
+        for name in ("weight", "bias", "scale", "shift")
+    ]
+    nonzero = 0
+    for own, bounds in zip(variables, bounds_of(found), strict=True):
+        reference = precise.derivatives(own, v)
+        assert (errors(bounds.value, reference) <= bounds.error.ravel() / 200).all()
+        nonzero += sum(abs(r) > 1e-10 for r in reference)
+    assert nonzero >= 4
+
+
+def test_a_pass_without_a_vector_has_no_gradients():
+    _, _, blocks, x = ordinary("eval")
+    found = real_pass(read_network(blocks), x)
+    assert found.input_gradient is None
+    assert found.gradients == ()
+
+
+class Detached(nn.Module):
+    """A norm in train mode through whose statistics no gradient flows."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        mean, variance = x.detach().mean((0, 2)), x.detach().var((0, 2), correction=0)
+        weight, bias, eps = self.norm.weight, self.norm.bias, self.norm.eps
+        return nn.functional.batch_norm(x, mean, variance, weight, bias, eps=eps)
+
+
+def test_gradients_with_detached_statistics_are_outside_of_the_bounds():
+    _, model, blocks, x = ordinary("train", num_blocks=2)
+    _, _, _, v, found = ordinary_pass("train")
+    for block in model.blocks:
+        for part in (*block.branches, block.fusion):
+            part[1] = Detached(part[1])
+    with torch.no_grad():
+        assert share_outside(model(torch.from_numpy(x)), found.out) == 0
+    got, bounds = autograd(model, blocks, x, v), bounds_of(found)
+    assert share_outside(got[0], bounds[0]) > 0.9
+    for i in range(1, len(got), 4):
+        weight, bias = i, i + 1
+        assert share_outside(got[weight], bounds[weight]) > 0.9
+        assert share_outside(got[bias], bounds[bias]) > 0.9
+    # What the last norm multiplies by and adds comes after its statistics.
+    assert share_outside(got[-2], bounds[-2]) == share_outside(got[-1], bounds[-1]) == 0
+
+
+@pytest.mark.parametrize(("mode", "num_blocks"), [("eval", 2), ("train", 1)])
+def test_gradients_through_float32_are_outside_of_the_bounds(mode, num_blocks):
+    _, _, x, v, found = ordinary_pass(mode, num_blocks=num_blocks)
+    _, model, blocks, _ = ordinary(mode, num_blocks=num_blocks)
+    exact = [gradient.clone() for gradient in autograd(model, blocks, x, v)]
+    single = autograd(model.float(), blocks, x, v)
+    for i, bounds in enumerate(bounds_of(found)):
+        if mode == "eval" or i % 4 != 2:
+            alive = float((bounds.value != 0).mean())
+            assert share_outside(exact[i].float(), bounds) > 0.3 * alive
+            assert share_outside(single[i], bounds) > 0.8 * alive
+
+
+@both_modes
+def test_gradients_off_by_a_percent_are_outside_of_the_bounds(mode):
+    model, blocks, x, v, found = ordinary_pass(mode)
+    for i, pair in enumerate(zip(autograd(model, blocks, x, v), bounds_of(found), strict=True)):
+        gradient, bounds = pair
+        if mode == "eval" or i % 4 != 2:
+            alive = float((bounds.value != 0).mean())
+            assert share_outside(1.01 * gradient, bounds) == share_outside(0.99 * gradient, bounds)
+            assert share_outside(1.01 * gradient, bounds) > 0.99 * alive > 0
+
+
+# --- kinks ---------------------------------------------------------------------------------------
+
+LAST_PLACE = 2.0**-56
+near_zero = pytest.mark.parametrize(
+    ("off", "kink"),
+    [(0.0, True), (LAST_PLACE, True), (-LAST_PLACE, True), (1e-13, False), (-1e-13, False)],
+)
+
+
+@near_zero
+@pytest.mark.parametrize("v", [None, row(1)])
+def test_a_branch_within_its_error_of_0_is_a_kink(off, kink, v):
+    network = (Block((one_tap(1, -0.1 + off),), one_tap(1, 0)),)
+    assert real_pass(network, row(0.1), v=v).kink == kink
+
+
+@near_zero
+def test_a_sum_within_its_error_of_0_is_a_kink(off, kink):
+    network = (Block((one_tap(1, -1),), one_tap(1, -0.1 + off)),)
+    assert real_pass(network, row(0.1), v=row(1)).kink == kink
+
+
+def test_one_kink_of_many_values_counts():
+    network = (Block((one_tap(1, 0.5),), one_tap(1, 0.5)),)
+    assert not real_pass(network, row(1, 2, -0.1, 3, 4)).kink
+    assert real_pass(network, row(1, 2, -0.5, 3, 4)).kink
+    first = (Block((one_tap(1, 0.5),), one_tap(1, 0.5)), *network)
+    assert real_pass(first, row(1, 2, -0.5, 3, 4)).kink

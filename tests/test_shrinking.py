@@ -35,7 +35,7 @@ BIG = Case(
     mode="train",
     seed=123456789,
 )
-SIMPLEST = Case(channels=1, length=1, seed=1)
+SIMPLEST = Case(channels=1, length=1)
 
 
 def minimal(fails, start=BIG, space=EVERYTHING):
@@ -53,7 +53,7 @@ def test_everything_shrinks_to_the_simplest_case():
 
 
 def test_the_documented_case_shrinks_to_the_simplest_case():
-    assert minimal(lambda case: True, DOCUMENTED) == replace(SIMPLEST, seed=0)
+    assert minimal(lambda case: True, DOCUMENTED) == SIMPLEST
 
 
 def test_what_nothing_simpler_shows_is_left_alone():
@@ -107,12 +107,10 @@ def test_an_empty_batch_that_matters_is_kept():
     assert minimal(lambda case: case.batch == 0, replace(BIG, batch=0, mode="eval")).batch == 0
 
 
-@pytest.mark.xfail(strict=True, reason="an empty batch is never tried as a batch of one")
 def test_an_empty_batch_that_does_not_matter_becomes_one():
     assert minimal(lambda case: True, replace(BIG, batch=0, mode="eval")).batch == 1
 
 
-@pytest.mark.xfail(strict=True, reason="only a batch should prefer 1 to 0")
 def test_a_seed_that_does_not_matter_becomes_0():
     assert minimal(lambda case: True).seed == 0
 
@@ -154,13 +152,21 @@ def test_names_shrink_to_the_first_that_fails():
 
 def test_floats_shrink_to_the_least_or_to_few_digits():
     space = Space(dropout=Floats(0.0, 1.0))
-    start = Case(dropout=0.37713)
+    start = Case(dropout=0.42413)
     assert minimal(lambda case: True, start, space).dropout == 0.0
     assert minimal(lambda case: case.dropout > 0.3, start, space).dropout == 0.4
-    assert minimal(lambda case: 0.36 < case.dropout < 0.39, start, space).dropout == 0.38
+    assert minimal(lambda case: 0.41 < case.dropout < 0.43, start, space).dropout == 0.42
 
 
-@pytest.mark.xfail(strict=True, reason="the least value is rounded up and found again for ever")
+@pytest.mark.xfail(
+    strict=True, reason="rounded to the nearest, and only a smaller number counts as simpler"
+)
+def test_floats_that_round_up_shrink_to_few_digits():
+    space = Space(dropout=Floats(0.0, 1.0))
+    start = Case(dropout=0.37713)
+    assert minimal(lambda case: case.dropout > 0.3, start, space).dropout in (0.37, 0.38, 0.4)
+
+
 def test_a_least_float_of_two_digits_is_the_end():
     budget = iter([True] * 1000)
     space = Space(dropout=Floats(0.17, 1.0))
@@ -202,11 +208,10 @@ def test_constraints_hold_all_the_way():
         return case.length >= 10
 
     space = EVERYTHING.narrow(odd)
-    assert minimal(fails, space=space).length in (11, 13)
+    assert minimal(fails, space=space).length == 11
     assert all(space.meets_constraints(case) for case in seen)
 
 
-@pytest.mark.xfail(strict=True, reason="no step of 2 is tried")
 def test_odd_lengths_shrink_to_the_threshold():
     assert minimal(lambda case: case.length >= 10 and case.length % 2).length == 11
 

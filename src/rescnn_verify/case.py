@@ -63,6 +63,12 @@ class Config:
         each = self.channels // self.branches
         return (each,) * (self.branches - 1) + (self.channels - each * (self.branches - 1),)
 
+    def describe(self) -> str:
+        """The arguments as a person would write them."""
+        parts = [f"channels={self.channels!r}", f"kernel_sizes={list(self.kernel_sizes)}"]
+        parts += [f"num_blocks={self.num_blocks!r}", f"dropout={self.dropout!r}"]
+        return ", ".join(parts + [f"{key}={value!r}" for key, value in self.options])
+
     def option(self, name: str) -> Any:
         """The value of a target's further argument ``name``."""
         return dict(self.options)[name]
@@ -154,10 +160,8 @@ class Case(Config):
         return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     def __str__(self) -> str:
-        """The fields that differ from their defaults' usual ones, as a person would say them."""
-        parts = [f"channels={self.channels!r}", f"kernel_sizes={list(self.kernel_sizes)}"]
-        parts += [f"num_blocks={self.num_blocks!r}", f"dropout={self.dropout!r}"]
-        parts += [f"{key}={value!r}" for key, value in self.options]
+        """The configuration, then what it is run on, as a person would say it."""
+        parts = [self.describe()]
         parts += [f"batch={self.batch}", f"length={self.length}", self.dtype, self.mode]
         parts += [self.layout] if self.layout != "contiguous" else []
         parts += [self.device] if self.device != "cpu" else []

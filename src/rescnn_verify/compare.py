@@ -7,7 +7,7 @@ number of values yielded is the number of assertions made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ __all__ = [
     "holds",
     "refuses",
     "same_bits",
+    "same_tensors",
     "within",
 ]
 
@@ -86,6 +87,17 @@ def same_bits(got: Tensor, expected: Tensor | np.ndarray, what: str) -> Comparis
         return Comparison(what)
     different = (got != expected) & ~(torch.isnan(got) & torch.isnan(expected))
     return _no_difference(got, expected, different, what)
+
+
+def same_tensors(
+    got: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str
+) -> Comparison:
+    """The same names in the same order, and the same bits under each."""
+    if list(got) != list(expected):
+        raise Falsified(f"{what}: names", repr(list(expected)), repr(list(got)))
+    for name, tensor in expected.items():
+        same_bits(got[name], tensor, f"{what}: {name}")
+    return Comparison(what)
 
 
 class HasBound(Protocol):

@@ -480,6 +480,7 @@ def _real_layer(layer: Layer, x: Bounded, train: bool) -> _RealStep:
     certain = total - variance.error
     # Where the batch is so nearly constant that the variance is not certain there is no bound.
     relative = np.where(certain > 0, variance.error / np.where(certain > 0, certain, 1), np.nan)
+    relative = np.expm1(np.log1p(relative) / 2)  # that of the inverse root: √(total/certain) − 1
     root = 1 / np.sqrt(total)
     size = _column(root) * (size + _column(mean.most))
     normalised = _column(root) * (z.value - _column(mean.value))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from decimal import ROUND_FLOOR, Context, Decimal
 from typing import Any
 
 from rescnn_verify.case import Case
@@ -77,8 +78,11 @@ def _simpler_values(name: str, current: Any, factor: Factor) -> Iterator[Any]:
         steps = [gap // divisor for divisor in (1, 2, 4, 8, 16)] + [2, 1]
         yield from dict.fromkeys(current - step for step in steps if 0 < step <= gap)
     elif isinstance(factor, Floats):
-        rounded = (factor.low, *(float(f"{current:.{digits}g}") for digits in (1, 2)))
-        yield from (number for number in rounded if number < current and number in factor)
+        exact = Decimal(current)
+        shorter = (Context(prec=digits, rounding=ROUND_FLOOR).plus(exact) for digits in (1, 2))
+        for number in (factor.low, *map(float, shorter)):
+            if number < current and number in factor:
+                yield number
     elif isinstance(factor, Lists):
         if len(current) > factor.low:
             yield from (current[:i] + current[i + 1 :] for i in range(len(current)))

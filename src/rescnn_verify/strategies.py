@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from rescnn_verify import drawing
 from rescnn_verify.case import Case, Config
+from rescnn_verify.invalid import IMPOSSIBLE, spoiled
 from rescnn_verify.space import ARCHITECTURES, INPUTS, Choice, Factor, Integers, Lists, Space
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "configs",
     "dropouts",
     "dtypes",
+    "invalid_configs",
     "kernel_sizes",
     "layouts",
     "lengths",
@@ -151,6 +153,18 @@ def configs(draw: st.DrawFn, space: Space = ARCHITECTURES) -> Config:
         return drawing.draw_config(_HypothesisDraw(draw), space)
     except drawing.NoCase:
         reject()
+
+
+@st.composite
+def invalid_configs(draw: st.DrawFn, space: Space = ARCHITECTURES) -> Config:
+    """Configurations of a space with one argument spoiled, so that they must be refused.
+
+    Args:
+        space: where the other arguments come from.
+    """
+    config = draw(configs(space))
+    how = draw(st.sampled_from(IMPOSSIBLE))
+    return spoiled(config, how, draw(_integers(0, config.branches - 1)))[0]
 
 
 @st.composite

@@ -67,9 +67,9 @@ class Subject:
 
     def build_with(self, config: Config) -> nn.Module:
         """A new module from whatever random state there is."""
-        model = attempt(f"building {_describe(config)}", lambda: self.target.build(config))
+        model = attempt(f"building {config.describe()}", lambda: self.target.build(config))
         if not isinstance(model, nn.Module):
-            raise Falsified(f"building {_describe(config)}", "an nn.Module", type(model).__name__)
+            raise Falsified(f"building {config.describe()}", "an nn.Module", type(model).__name__)
         return model
 
     def set_mode(self, model: nn.Module, mode: str) -> nn.Module:
@@ -209,9 +209,3 @@ def _save(model: nn.Module) -> list[_Saved]:
 def _seed_of(config: Config) -> int:
     text = Case(**vars(config)).dumps()
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
-
-
-def _describe(config: Config) -> str:
-    parts = {"channels": config.channels, "num_blocks": config.num_blocks}
-    parts |= {"kernel_sizes": list(config.kernel_sizes), "dropout": config.dropout}
-    return ", ".join(f"{key}={value!r}" for key, value in {**parts, **dict(config.options)}.items())
