@@ -210,7 +210,7 @@ ARCHITECTURES = Space(
 
 #: The inputs that the reference contract promises.
 INPUTS = Space(
-    batch=Integers(0, 130),
+    batch=Integers(0, 260),
     length=Integers(1, 4200),
     dtype=Choice("float32", "float64", "bfloat16", "float16"),
     layout=Choice("contiguous", "transposed", "strided", "expanded"),
