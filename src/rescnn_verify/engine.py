@@ -43,9 +43,9 @@ class Profile:
 
 
 PROFILES = {
-    "quick": Profile(sampled=16, drawn=4, shrinking=1.0),
-    "default": Profile(sampled=85, drawn=15, shrinking=2.0),
-    "thorough": Profile(sampled=1500, drawn=300, shrinking=20.0),
+    "quick": Profile(sampled=12, drawn=3, shrinking=1.0),
+    "default": Profile(sampled=60, drawn=10, shrinking=2.0),
+    "thorough": Profile(sampled=1000, drawn=150, shrinking=20.0),
 }
 
 HELD, FALSIFIED, NOT_APPLICABLE = "held", "falsified", "not applicable"
