@@ -59,7 +59,8 @@ def survivors_are_scaled(subject, case):
 @statement(
     space=INPUTS.narrow(
         mode=Choice("train"), layout=Choice("contiguous"), batch=Choice(256), length=Choice(2),
-        channels=Integers(16, 32), num_blocks=Integers(1, 2), kernel_sizes=Lists(Choice(3, 1), 1, 3),
+        channels=Integers(16, 32), num_blocks=Integers(1, 2),
+        kernel_sizes=Lists(Choice(3, 1), 1, 3),
         dropout=Choice(0.3, 0.001, 0.9),
     ),
     needs=NEEDS,

@@ -185,7 +185,7 @@ def the_chain_rule_holds_over_blocks(subject, case):
     leaves, outs, value = [], [], x
     for block in blocks:
         leaves.append(value.detach().clone().requires_grad_())
-        outs.append(subject(block.module, leaves[-1], call=lambda module, value: module(value)))
+        outs.append(subject.run_block(block, leaves[-1]))
         value = outs[-1]
     gradient = gradient.to(whole)
     for leaf, out in zip(reversed(leaves), reversed(outs), strict=True):

@@ -98,7 +98,7 @@ def each_block_has_the_field_of_its_widest_kernel(subject, case):
     make_positive(blocks, case.rng("weights"))
     for i, block in enumerate(blocks):
         with torch.no_grad():
-            out = subject(block.module, x, call=lambda module, v: module(v))
+            out = subject.run_block(block, x)
         for row, place in enumerate(places):
             window = torch.from_numpy(reach(place, side, side, case.length))
             seen = (out[row] > 0).all(dim=0)

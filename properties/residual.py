@@ -75,5 +75,5 @@ def a_stack_is_the_composition_of_its_blocks(subject, case):
     with torch.no_grad():
         whole, step = subject(model, x), x
         for block in blocks:
-            step = subject(block.module, step, call=lambda module, value: module(value))
+            step = subject.run_block(block, step)
     yield same_bits(whole, step, "output of the stack, against its blocks in order")

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from rescnn_verify.compare import attempt, equal, holds, same_bits, same_tensors
-from rescnn_verify.needs import BATCH_NORM, CONTRACT, HANDLES, STACK
-from rescnn_verify.probes import normal_input, randomise
+from rescnn_verify.needs import BATCH_NORM, CONTRACT, DIRECT, HANDLES, POST_ACTIVATION, STACK
+from rescnn_verify.networks import certify
+from rescnn_verify.probes import as_input, normal_input, randomise
 from rescnn_verify.space import INPUTS, Choice, Integers, Space
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import DTYPES, NotApplicable, seed_everything
@@ -191,16 +192,18 @@ def _same_function(subject, case, way):
     yield same_tensors(model.state_dict(), before, "original after changing the copy")
 
 
-@statement(space=EVAL, effort=0.5)
+@statement(space=EVAL, needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT), effort=0.5)
 def functional_call_uses_the_tensors_it_is_given(subject, case):
     """torch.func.functional_call with another model's state gives the other model's function.
 
-    To the bit, and the model's own tensors stay as they were.
+    To the bit on a certified integer network, and the model's own tensors stay as they were.
     """
     model = subject.model(case)
-    randomise(model, case.rng("weights"))
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    x = normal_input(case)
+    found = certify(subject.handles(model, case), case, bits="forward_bits")
+    if found is None:
+        return
+    state = {f"module.{name}": value.clone() for name, value in model.state_dict().items()}
+    x = as_input(case, found.x)
     with torch.no_grad():
         expected = subject(model, x)
         other = subject.set_mode(subject.build(case), "eval")
@@ -208,8 +211,7 @@ def functional_call_uses_the_tensors_it_is_given(subject, case):
 
         def call(module, value):
             bound = _Bound(module, subject.target.call)
-            named = {f"module.{name}": tensor for name, tensor in state.items()}
-            return torch.func.functional_call(bound, named, (value,))
+            return torch.func.functional_call(bound, state, (value,))
 
         yield same_bits(subject(other, x, call=call), expected, "output of functional_call")
         yield same_bits(subject(other, x), before, "output after functional_call")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -47,7 +48,8 @@ def contract_handles(model: nn.Module, config: Config) -> tuple[BlockHandles, ..
 
     The contract's names (``blocks``, ``branches``, ``fusion``) are used where the model has them;
     otherwise the blocks are the children that hold the convolutions, and within a block the fusion
-    is the last 1×1 convolution from all channels to all channels.
+    is the last 1×1 convolution from all channels to all channels; if there is only one branch and
+    it is 1×1, too, they are told apart by what they do.
 
     Raises:
         Falsified: the model does not consist of ``num_blocks`` blocks with one convolution and one
@@ -58,7 +60,54 @@ def contract_handles(model: nn.Module, config: Config) -> tuple[BlockHandles, ..
         raise Falsified(
             "residual blocks in the model", f"num_blocks = {config.num_blocks}", str(len(blocks))
         )
-    return tuple(_block_handles(block, config) for block in blocks)
+    handles = tuple(_block_handles(block, config) for block in blocks)
+    if tuple(config.kernel_sizes) == (1,) and not hasattr(blocks[0], "fusion"):
+        return tuple(_told_apart(model, handles, place) for place in range(len(handles)))
+    return handles
+
+
+def _told_apart(model: nn.Module, handles: tuple[BlockHandles, ...], place: int) -> BlockHandles:
+    """A block of one 1×1 branch, its branch told from its fusion by what they do.
+
+    Both are dense 1×1 convolutions of all channels. With every norm returning 0 but one that
+    returns 1, the output on ones is 2 if that one is the fusion's. With the branch returning 1, the
+    output is larger than 1 if it is the fusion's weights that are 1 and the branch's that are 0.
+    """
+    block = handles[place]
+    (branch,), fusion = block.branches, block.fusion
+    saved = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    training = model.training
+    x = torch.ones_like(fusion.conv.weight[:1, :, :1]).detach()
+    try:
+        with torch.no_grad():
+            model.eval()
+            for layer in (layer for other in handles for layer in other.layers):
+                layer.norm.weight.zero_()
+                layer.norm.bias.zero_()
+            branch.norm.bias.fill_(1)
+            fusion_norm, branch_norm = fusion.norm, branch.norm
+            if bool((model(x) > 1.5).all()):
+                fusion_norm, branch_norm = branch_norm, fusion_norm
+            for norm, scale, shift in ((branch_norm, 0, 1), (fusion_norm, 1, 0)):
+                norm.weight.fill_(scale)
+                norm.bias.fill_(shift)
+            for conv, weight in ((branch.conv, 1), (fusion.conv, 0)):
+                conv.weight.fill_(weight)
+                if conv.bias is not None:
+                    conv.bias.zero_()
+            fusion_conv, branch_conv = fusion.conv, branch.conv
+            if bool((model(x) > 1.5).all()):
+                fusion_conv, branch_conv = branch_conv, fusion_conv
+    except Exception:
+        return block  # a model that does not run is for other properties to falsify
+    finally:
+        with torch.no_grad():
+            for tensor, before in saved:
+                tensor.copy_(before)
+        model.train(training)
+    return BlockHandles(
+        block.module, (ConvNorm(branch_conv, branch_norm),), ConvNorm(fusion_conv, fusion_norm)
+    )
 
 
 def _block_modules(model: nn.Module, count: int) -> Sequence[nn.Module]:

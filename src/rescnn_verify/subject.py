@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,6 +87,22 @@ class Subject:
         if not isinstance(out, Tensor):
             raise Falsified(what, "a tensor", type(out).__name__)
         return out
+
+    def run_block(self, block: BlockHandles, x: Tensor) -> Tensor:
+        """The output of one block called alone.
+
+        Raises:
+            NotApplicable: the block is not made to be called with an input alone.
+        """
+        forward = block.module.forward
+        try:
+            inspect.signature(forward).bind(x)
+            callable_alone = type(block.module).forward is not nn.Module.forward
+        except TypeError:
+            callable_alone = False
+        if not callable_alone:
+            raise NotApplicable("the blocks are not made to be called alone")
+        return self(block.module, x, call=lambda module, value: module(value))
 
     def backward(self, out: Tensor, gradient: Tensor, what: str = "backward") -> None:
         """Accumulates the vector-Jacobian product of ``gradient`` in the leaves' ``.grad``."""
