@@ -112,18 +112,18 @@ def _independent(a, b, p, what, same):
     """Two masks agree as often as independent ones do, however one is shifted against the other.
 
     All cyclic shifts over samples and channels are compared at once by a Fourier transform, which
-    for these counts is exact after rounding. A mask against its own shift has pairs that overlap;
-    they fall into three sets of disjoint ones, so the bound holds with a third of the exponent and
-    a union over shifts and sets.
+    for these counts is exact after rounding. A mask against its own shift has pairs that overlap in
+    cycles, of which three sets of disjoint pairs are a cover, so there the exponent is a third
+    (Janson 2004, large deviations for sums of partly dependent variables).
     """
     spectrum = np.conj(np.fft.rfft2(a)) * np.fft.rfft2(b)
     both = np.rint(np.fft.irfft2(spectrum, s=a.shape))
     alike = (a.size - a.sum() - b.sum() + 2 * both) / a.size
-    evidence = a.size / 3 * _divergence(alike, p * p + (1 - p) * (1 - p))
+    evidence = a.size / (3 if same else 1) * _divergence(alike, p * p + (1 - p) * (1 - p))
     if same:
         evidence[0, 0] = 0  # a mask agrees with itself
     shift = np.unravel_index(np.argmax(evidence), evidence.shape)
-    likely = evidence[shift] <= np.log(6 * evidence.size / ALPHA)
+    likely = evidence[shift] <= np.log(2 * evidence.size / ALPHA)
     expected = f"alike in about {p * p + (1 - p) * (1 - p):.3g} of all places"
     return holds(bool(likely), f"{what} shifted by {tuple(int(s) for s in shift)}", expected,
                  f"in {float(alike[shift]):.3g} of them")  # fmt: skip

@@ -23,12 +23,16 @@ def a_changed_position_stays_in_its_window(subject, case):
     x = case.rng("input").standard_normal(case.shape)
     model, out = _run(subject, case, x)
     place = int(case.rng("place").choice(positions(case)))
-    size = float(case.rng("size").choice([1.0, 1e3, 1e-3]))
+    window = reach(place, left, right, case.length)
+    if window.all():
+        return
+    # What overflows in float16 would spread as 0 · inf.
+    size = float(case.rng("size").choice([1.0, 1e-3, 10.0 if case.dtype == "float16" else 1e3]))
     changed = x.copy()
     changed[:, :, place] += size * case.rng("change").standard_normal(case.shape[:2])
     with torch.no_grad():
         after = subject(model, as_input(case, changed))
-    kept = torch.from_numpy(~reach(place, left, right, case.length)).to(out.device)
+    kept = torch.from_numpy(~window).to(out.device)
     yield same_bits(after[:, :, kept], out[:, :, kept], f"outputs outside the window of {place}")
 
 

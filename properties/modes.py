@@ -8,7 +8,7 @@ import torch
 from rescnn_verify.compare import equal, holds, refuses, same_bits, same_tensors
 from rescnn_verify.needs import BATCH_NORM
 from rescnn_verify.probes import normal_input, randomise
-from rescnn_verify.space import INPUTS, Choice, Integers
+from rescnn_verify.space import INPUTS, Choice, Integers, Space
 from rescnn_verify.statement import statement
 
 FORWARD = INPUTS.narrow(batch=Integers(1, 33), length=Integers(1, 600))
@@ -36,8 +36,8 @@ def eval_is_deterministic(subject, case):
 def eval_remembers_no_earlier_call(subject, case):
     """An output in eval mode is that of a new model with the same state, whatever came before.
 
-    Before: calls in either mode on other shapes, other weights, another dtype of input refused or
-    not. Caches of weights, shapes, masks or results all show.
+    Before: calls in either mode on other shapes and with other weights. Caches of weights, shapes,
+    masks or results all show.
     """
     used = subject.model(case)
     rng = case.rng("earlier")
@@ -47,7 +47,8 @@ def eval_remembers_no_earlier_call(subject, case):
         earlier = replace(case, **shape)
         if earlier not in subject.target.space:
             earlier = case
-        for mode in ("eval", "train", "eval"):
+        trainable = earlier.batch * earlier.length > 1
+        for mode in ("eval", "train", "eval") if trainable else ("eval",):
             subject.set_mode(used, mode)
             with torch.no_grad():
                 subject(used, normal_input(earlier, f"earlier {i}"))
@@ -111,9 +112,12 @@ def modes_switch_and_return(subject, case):
     yield equal(tuple(after_call.shape), tuple(before.shape), f"output shape in {case.mode} mode")
 
 
+# `INPUTS` leaves out just what is claimed here, so the factors are named one by one.
 @statement(
-    space=INPUTS.narrow(
-        mode=Choice("train", "eval"), batch=Choice(1), length=Choice(1), layout=Choice("contiguous")
+    space=Space(
+        {name: INPUTS.get(name) for name in ("mode", "dtype", "device", "seed")},
+        batch=Choice(1),
+        length=Choice(1),
     ),
     needs=(BATCH_NORM,),
     effort=0.5,

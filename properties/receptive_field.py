@@ -55,7 +55,7 @@ def a_nan_reaches_exactly_its_window(subject, case):
         out = subject(model, as_input(case, values))
     for row, place in enumerate(places):
         window = torch.from_numpy(reach(place, left, right, case.length))
-        seen = torch.isnan(out[row]).any(dim=0)
+        seen = torch.isnan(out[row]).any(dim=0).cpu()
         if not subject.target.traits.dense_field:
             ends = [t for t in (place - right, place + left) if 0 <= t < case.length]
             blind = [t for t in ends if not seen[t]]

@@ -1,6 +1,7 @@
 """Rejection: what cannot be honoured is refused clearly, never computed wrongly in silence."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -57,8 +58,7 @@ def unusual_arguments_are_refused_or_honoured(subject, case):
     """Even kernels and fewer channels than kernels are refused clearly or honoured fully.
 
     Honoured means: every length, 1 included, comes out as it went in; the claimed receptive field
-    is the formula's and the measured one at least as wide as any position sees; and the values are
-    those of the stated architecture as far as relu(x) under a zeroed model shows.
+    is the formula's and the measured one; and with all parameters zero the output is relu(x).
     """
     config, names, value = spoiled(case.config, case["invalid"], case.seed)
     what = f"building {config.describe()}"
@@ -101,8 +101,12 @@ def _names_its_reason(error, names, value, what):
     for name in names:
         yield holds(name in text.lower(), f"{what}: message", f"it names the {name}s", repr(text))
     if value is not None:
-        spelled = (repr(value), str(value), f"{value:g}" if isinstance(value, float) else "")
-        named = any(form and form in text for form in spelled)
+        spelled = {repr(value), str(value)}
+        if isinstance(value, float) and (math.isnan(value) or float(f"{value:g}") == value):
+            spelled.add(f"{value:g}")
+        named = any(
+            re.search(rf"(?<![\w.]){re.escape(form)}(?![\w.]*\w)", text) for form in spelled
+        )
         yield holds(named, f"{what}: message", f"it gives the value {value!r}", repr(text))
 
 

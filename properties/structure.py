@@ -5,17 +5,14 @@ import inspect
 import torch
 from torch import nn
 
-from rescnn_verify.compare import Falsified, attempt, equal, holds, same_bits
+from rescnn_verify.compare import Falsified, attempt, equal, same_bits
 from rescnn_verify.needs import (
     A_PARAMETER_CLAIM,
     BATCH_NORM,
-    CHANNEL_DROPOUT,
     CONTRACT,
     HANDLES,
-    POST_ACTIVATION,
 )
-from rescnn_verify.probes import normal_input, set_norm
-from rescnn_verify.space import INPUTS, Choice, Integers, Space
+from rescnn_verify.space import Space
 from rescnn_verify.statement import statement
 
 
@@ -102,37 +99,6 @@ def claimed_parameter_count(subject, case):
     claim = subject.target.claims["parameter count"]
     claimed = attempt("claimed parameter count", lambda: claim(model, case.config))
     yield equal(sum(p.numel() for p in model.parameters()), claimed, "parameters of the model")
-
-
-@statement(
-    space=INPUTS.narrow(
-        mode=Choice("train"), dtype=Choice("float32", "float64"), batch=Integers(2, 16),
-        length=Integers(2, 16), layout=Choice("contiguous"),
-    ),
-    needs=(HANDLES, CHANNEL_DROPOUT, POST_ACTIVATION),
-)  # fmt: skip
-def dropout_acts_on_whole_channels(subject, case):
-    """In train mode the fusion's output is zero over a whole channel of a sample or nowhere.
-
-    With the scale of every norm at the end of a fusion 0 and its shift 1, a fusion returns 1/(1−p)
-    or 0 whatever it is given; on a zero input the output is the sum over the blocks, constant
-    along a channel. At p = 0 nothing is dropped, at p = 1 everything.
-    """
-    model = subject.model(case)
-    for block in subject.handles(model, case):
-        set_norm(block.fusion.norm, scale=0.0, shift=1.0)
-    torch.manual_seed(case.seed)
-    out = subject(model, torch.zeros_like(normal_input(case)))
-    constant = bool((out == out[:, :, :1]).all())
-    yield holds(constant, "dropout along a channel", "one value per channel", "several values")
-    if case.dropout in (0, 1):
-        kept = case.num_blocks * (1 - case.dropout)
-        yield holds(
-            bool((out == kept).all()),
-            f"output at dropout {case.dropout}, every fusion returning 1 before it",
-            str(kept),
-            str(sorted(set(out.flatten().tolist()))[:4]),
-        )
 
 
 @statement(space=Space(), needs=(CONTRACT,), effort=0.2)

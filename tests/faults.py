@@ -25,6 +25,7 @@ from rescnn_verify.target import contract_target
 from rescnn_verify.workers import usable_cores, workers
 from tests.zoo import RIGHT, WRONG
 
+#: Faults that fewer cases of the whole space can show are only reported, not demanded.
 DENSITY_LIMIT = 0.01
 
 
@@ -68,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [] if options.right else [fault.cls.__name__ for fault in WRONG]
     right = [] if options.wrong else [entry.cls.__name__ for entry in RIGHT]
     names = [name for name in (*right, *wrong) if not options.only or name in options.only]
+    if unknown := set(options.only or ()) - {*right, *wrong}:
+        parser.error(f"no such implementation: {', '.join(sorted(unknown))}")
+    if not names:
+        parser.error("nothing is selected")
     results: dict[str, dict[int, list[Outcome]]] = defaultdict(dict)
     with workers(usable_cores()) as executor:
         futures = [
@@ -151,7 +156,7 @@ def _report_sole_witnesses(results, wrong) -> None:
     sole = defaultdict(list)
     seen = defaultdict(int)
     for name in wrong:
-        killers = {o.name for o in results[name][0] if o.verdict == FALSIFIED}
+        killers = {o.name for o in results[name].get(0, ()) if o.verdict == FALSIFIED}
         for killer in killers:
             seen[killer] += 1
         if len(killers) == 1:

@@ -145,7 +145,7 @@ def attempt(what: str, action: Callable[[], Any]) -> Any:
         return action()
     except Falsified:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Falsified(what, "no exception", describe(error)) from error
 
 
@@ -161,13 +161,13 @@ def refuses(
         action()
     except errors as error:
         return error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         names = " or ".join(kind.__name__ for kind in errors)
         raise Falsified(what, f"{names}, or no exception", describe(error)) from error
     return None
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

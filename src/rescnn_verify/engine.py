@@ -18,7 +18,7 @@ from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import Falsified, describe
 from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
 from rescnn_verify.shrinking import shrink
-from rescnn_verify.space import Choice, Space
+from rescnn_verify.space import Choice, Space, SpaceError
 from rescnn_verify.statement import Property
 from rescnn_verify.strategies import trials
 from rescnn_verify.subject import NotApplicable, Subject, environment
@@ -54,12 +54,13 @@ NOTHING_ASSERTED, INTERNAL_ERROR = "nothing asserted", "internal error"
 
 @dataclass
 class Tally:
-    """What was run for one property."""
+    """What was run for one property; the reason if some cases were found not applicable."""
 
     cases: int = 0
     assertions: int = 0
     worst_ratio: float | None = None
     architectures: set[Config] = field(default_factory=set)
+    not_applicable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,12 @@ def run_trial(
                     tally.assertions += 1
                     if comparison.ratio is not None:
                         tally.worst_ratio = max(tally.worst_ratio or 0.0, comparison.ratio)
-        except (Falsified, NotApplicable):
+        except Falsified:
             raise
+        except NotApplicable as reason:
+            if tally is None:
+                raise
+            tally.not_applicable = str(reason)
         except Exception as error:
             if not _raised_in(error, target.source_files):
                 raise
@@ -152,13 +157,14 @@ def check_property(
     if reason := prop.missing(target):
         return outcome(NOT_APPLICABLE, reason=reason)
     space = prop.space_for(target)
-    if space.get("device"):
-        space = space.narrow(device=Choice(device))
+    try:
+        if space.get("device"):
+            space = space.narrow(device=Choice(device))
+    except SpaceError:
+        return outcome(NOT_APPLICABLE, reason=f"it is not claimed on {device}")
     try:
         with environment():
             failure = _search(prop, target, space, profile, _seed_for(prop, seed), tally)
-    except NotApplicable as reason:
-        return outcome(NOT_APPLICABLE, reason=str(reason))
     except Unsatisfiable:
         return outcome(NOTHING_ASSERTED, reason="no case of its space could be drawn")
     except Exception:
@@ -168,6 +174,8 @@ def check_property(
         return outcome(
             FALSIFIED, trial=failure.trial, what=error.what, expected=error.expected, got=error.got
         )
+    if tally.assertions == 0 and tally.not_applicable:
+        return outcome(NOT_APPLICABLE, reason=tally.not_applicable)
     if tally.assertions == 0:
         return outcome(NOTHING_ASSERTED, reason="no comparison was made")
     return outcome(HELD)
@@ -195,6 +203,8 @@ def _search(
         except Falsified as error:
             found = _Failure(trial, error)
             return True
+        except Exception:  # outside the statement's conditions; the counterexample at hand stays
+            return False
         return False
 
     shrink(found.trial, space, fails)

@@ -217,7 +217,7 @@ def exact_pass(
         kink |= any(bool((step.out == 0).any()) for step in inside)
         joined = np.concatenate([np.maximum(step.out, 0) for step in inside], axis=1)
         fused = _exact_layer(block.fusion, joined, forward, unit * fraction**2)
-        forward.need(np.abs(out) + np.abs(fused.out), unit * fraction**2)
+        forward.need(np.abs(out) + fused.magnitude, unit * fraction**2)
         total = out + fused.out
         kink |= bool((total == 0).any())
         tape.append((inside, fused, total, unit))
@@ -226,16 +226,16 @@ def exact_pass(
     gradients: list[tuple[LayerGradients, ...]] = []
     for block, (inside, fused, total, unit) in zip(reversed(network), reversed(tape), strict=True):
         through = np.where(total > 0, gradient, 0.0)
-        back, own = _exact_back(block.fusion, fused, through, backward, weights, unit * fraction)
+        back, _, own = _exact_back(block.fusion, fused, through, backward, weights, unit * fraction)
         layers = [own]
         gradient, magnitude = through, np.abs(through)
         at = back.shape[1]
         for layer, step in zip(reversed(block.branches), reversed(inside), strict=True):
             at -= layer.weight.shape[0]
             g = np.where(step.out > 0, back[:, at : at + layer.weight.shape[0]], 0.0)
-            part, own = _exact_back(layer, step, g, backward, weights, unit)
+            part, terms, own = _exact_back(layer, step, g, backward, weights, unit)
             layers.insert(0, own)
-            gradient, magnitude = gradient + part, magnitude + np.abs(part)
+            gradient, magnitude = gradient + part, magnitude + terms
         backward.need(magnitude, 1.0)
         gradients.insert(0, tuple(layers))
     needed = max(forward.most, backward.most)
@@ -246,11 +246,21 @@ def exact_pass(
 
 @dataclass(frozen=True)
 class _Step:
-    """What a layer's forward pass leaves for its backward pass."""
+    """What a layer's forward pass leaves for its backward pass.
+
+    Args:
+        columns: windows of the input.
+        convolved: what goes into the norm, its mean subtracted.
+        terms: the sum of the magnitudes of what ``convolved`` is a sum of.
+        out: the norm's output.
+        magnitude: the same for ``out``.
+    """
 
     columns: Array
     convolved: Array
+    terms: Array
     out: Array
+    magnitude: Array
 
 
 def _slope(layer: Layer) -> Array:
@@ -268,15 +278,17 @@ def _exact_layer(layer: Layer, x: Array, bits: _Bits, unit: float) -> _Step:
     # order of the affine map, and weights that the norm was folded into.
     terms = _apply(np.abs(columns), np.abs(layer.weight), batch)
     terms += _column(np.abs(layer.bias) + np.abs(layer.mean))
-    bits.need(_column(np.abs(slope)) * terms + _column(np.abs(layer.shift)), unit)
-    pre = _column(slope) * (z - _column(layer.mean)) + _column(layer.shift)
-    return _Step(columns, z, pre)
+    magnitude = _column(np.abs(slope)) * terms + _column(np.abs(layer.shift))
+    bits.need(magnitude, unit)
+    centred = z - _column(layer.mean)
+    pre = _column(slope) * centred + _column(layer.shift)
+    return _Step(columns, centred, terms, pre, magnitude)
 
 
 def _exact_back(
     layer: Layer, step: _Step, g: Array, backward: _Bits, weights: _Bits, unit: float
-) -> tuple[Array, LayerGradients]:
-    """The gradient at a layer's input and those of its parameters.
+) -> tuple[Array, Array, LayerGradients]:
+    """The gradient at a layer's input, its terms' magnitudes, and the parameters' gradients.
 
     Args:
         g: the gradient at the norm's output, integers.
@@ -286,18 +298,21 @@ def _exact_back(
     before_norm = _column(_slope(layer)) * g
     weight = _transposed(layer.weight)
     columns = _columns(before_norm, layer.weight.shape[2])
-    backward.need(_apply(np.abs(columns), np.abs(weight), batch), 1.0)
+    terms = _apply(np.abs(columns), np.abs(weight), batch)
+    backward.need(terms, 1.0)
     rows = _rows(before_norm)
     weights.need(np.abs(rows) @ np.abs(step.columns), unit)
-    sizes = np.abs(step.convolved) + _column(np.abs(layer.mean))
-    weights.need((np.abs(g) * sizes).sum(axis=(0, 2)), unit)
+    weights.need((np.abs(g) * step.terms).sum(axis=(0, 2)), unit)
     weights.need(np.abs(rows).sum(axis=1), 1.0)
-    centred = step.convolved - _column(layer.mean)
-    return _apply(columns, weight, batch), LayerGradients(
-        weight=(rows @ step.columns).reshape(layer.weight.shape),
-        bias=rows.sum(axis=1),
-        scale=(g * centred).sum(axis=(0, 2)) / np.sqrt(layer.variance),
-        shift=g.sum(axis=(0, 2)),
+    return (
+        _apply(columns, weight, batch),
+        terms,
+        LayerGradients(
+            weight=(rows @ step.columns).reshape(layer.weight.shape),
+            bias=rows.sum(axis=1),
+            scale=(g * step.convolved).sum(axis=(0, 2)) / np.sqrt(layer.variance),
+            shift=g.sum(axis=(0, 2)),
+        ),
     )
 
 
@@ -371,6 +386,7 @@ class _RealStep:
         root: 1/√(variance + eps).
         root_relative: relative error of ``root``.
         out: the norm's output.
+        terms: how many products each of its values is a sum of.
         statistics: of the batch, after a training pass.
     """
 
@@ -380,6 +396,7 @@ class _RealStep:
     root: Array
     root_relative: Array
     out: Bounded
+    terms: int
     statistics: TrainStatistics | None
 
 
@@ -410,7 +427,7 @@ def real_pass(
             np.concatenate([a.error for a in active], 1),
         )
         fused = _real_layer(block.fusion, joined, train)
-        total = _sum(out, fused.out)
+        total = _sum(out, fused.out, fused.terms)
         kink |= any(_undecided(step.out) for step in inside) or _undecided(total)
         tape.append((inside, fused, total))
         out = _relu(total)
@@ -426,12 +443,12 @@ def real_pass(
         gradient = _masked(gradient, total)
         back, own = _real_back(block.fusion, fused, gradient, train)
         layers = []
-        at = 0
+        at, kernels = 0, sum(layer.weight.shape[2] for layer in block.branches)
         for layer, step in zip(block.branches, inside, strict=True):
             end = at + layer.weight.shape[0]
             share = Bounded(back.value[:, at:end], back.error[:, at:end])
             part, grads = _real_back(layer, step, _masked(share, step.out), train)
-            gradient, at = _sum(gradient, part), end
+            gradient, at = _sum(gradient, part, block.fusion.weight.shape[0] * kernels), end
             layers.append(grads)
         gradients.insert(0, (*layers, own))
     return RealPass(out, statistics, gradient, tuple(gradients), kink)
@@ -452,9 +469,10 @@ def _masked(gradient: Bounded, x: Bounded) -> Bounded:
     )
 
 
-def _sum(a: Bounded, b: Bounded) -> Bounded:
-    # Up to one rounding for each branch whichever order the terms are added in.
-    return Bounded(a.value + b.value, a.error + b.error + _gamma(8) * (a.most + b.most))
+def _sum(a: Bounded, b: Bounded, terms: int) -> Bounded:
+    """The sum, where b is itself a sum of terms to which a may have been added first."""
+    error = a.error + b.error + _gamma(terms + 8) * a.most + _gamma(8) * b.most
+    return Bounded(a.value + b.value, error)
 
 
 def _gamma(terms: int) -> np.longdouble:
@@ -498,6 +516,7 @@ def _real_layer(layer: Layer, x: Bounded, train: bool) -> _RealStep:
         root,
         relative,
         Bounded(out, out_error + _SMALLEST_DOUBLE),
+        terms,
         statistics,
     )
 
@@ -509,16 +528,17 @@ def _given(values: Array) -> Bounded:
 def _batch_statistics(z: Bounded, size: Array) -> tuple[Bounded, Bounded, TrainStatistics]:
     """Mean and biased variance of a batch, and what the running statistics learn of it.
 
-    With m values per channel, the mean is off by the mean error of its terms and γ_{m+1} of their
-    mean magnitude. The variance is off by 2·mean|d|·δ + mean δ² for deviations d that are each off
-    by δ, and γ_{m+4} of the mean square, which also covers the formula E z² − (E z)².
+    With m values per channel, the mean is off by the mean error of its terms and γ_{2m+8} of their
+    mean magnitude, running means included. The variance is off by 2·mean|d|·δ + mean δ² for
+    deviations d that are each off by δ, and γ_{3m+8} of the mean square, which also covers the
+    formula E z² − (E z)²: m + 1 roundings of the first term and 2m + 1 of the second.
     """
     axes, m = (0, 2), z.value.shape[0] * z.value.shape[2]
     size = size + z.error
-    mean = Bounded(z.value.mean(axis=axes), (z.error + _gamma(m + 1) * size).mean(axis=axes))
+    mean = Bounded(z.value.mean(axis=axes), (z.error + _gamma(2 * m + 8) * size).mean(axis=axes))
     deviation = z.value - _column(mean.value)
     off = z.error + _column(mean.error) + UNIT["float64"] * np.abs(deviation)
-    own = _gamma(m + 4) * (size**2).mean(axis=axes)
+    own = _gamma(3 * m + 8) * (size**2).mean(axis=axes)
     spread = (2 * np.abs(deviation) * off + off**2).mean(axis=axes) + own
     variance = Bounded((deviation**2).mean(axis=axes), spread)
     factor = np.longdouble(m) / (m - 1)

@@ -171,9 +171,10 @@ def zero_fusion(blocks: tuple[BlockHandles, ...], how: str) -> None:
         fill(fusion.norm.bias, np.zeros(fusion.norm.num_features))
 
 
-# A running variance so large that adding any usual epsilon to it rounds it off again, and a power
+# A running variance so large that adding any usual epsilon to it rounds it off again, also in the
+# wider dtype that an implementation may compute in (float16 holds no larger one), and a power
 # of four, so that its square root is a power of two: norms then multiply by exactly ±2^i.
-BIG_VARIANCE = {"float64": 4.0**22, "float32": 4.0**13, "bfloat16": 4.0**13, "float16": 4.0**5}
+BIG_VARIANCE = {"float64": 4.0**22, "float32": 4.0**22, "bfloat16": 4.0**22, "float16": 4.0**7}
 
 
 def exact_norm(

@@ -112,7 +112,7 @@ class Subject:
         """The output at x and Jᵀv, v broadcast to the output's shape."""
         leaf = x.detach().clone().requires_grad_()
         out = self(model, leaf)
-        self.backward(out, v.expand_as(out).to(out.dtype))
+        self.backward(out, v.to(out).expand_as(out))
         if leaf.grad is None:
             raise Falsified("gradient at the input", "a tensor", "None")
         return out.detach(), leaf.grad

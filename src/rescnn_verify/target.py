@@ -290,7 +290,7 @@ def _import_file(path: Path, place: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise TargetError(f"importing {place} failed: {_one_line(error)}") from error
     return module
@@ -299,7 +299,7 @@ def _import_file(path: Path, place: str) -> ModuleType:
 def _import(name: str, place: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetError(f"importing {place} failed: {_one_line(error)}") from error
 
 
@@ -318,5 +318,5 @@ def _describe(found: object) -> str:
     return f"{kind} {getattr(found, '__name__', '')}".strip()
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
