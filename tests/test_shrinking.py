@@ -158,9 +158,6 @@ def test_floats_shrink_to_the_least_or_to_few_digits():
     assert minimal(lambda case: 0.41 < case.dropout < 0.43, start, space).dropout == 0.42
 
 
-@pytest.mark.xfail(
-    strict=True, reason="rounded to the nearest, and only a smaller number counts as simpler"
-)
 def test_floats_that_round_up_shrink_to_few_digits():
     space = Space(dropout=Floats(0.0, 1.0))
     start = Case(dropout=0.37713)

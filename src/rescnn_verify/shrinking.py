@@ -78,7 +78,7 @@ def _simpler_values(name: str, current: Any, factor: Factor) -> Iterator[Any]:
         steps = [gap // divisor for divisor in (1, 2, 4, 8, 16)] + [2, 1]
         yield from dict.fromkeys(current - step for step in steps if 0 < step <= gap)
     elif isinstance(factor, Floats):
-        exact = Decimal(current)
+        exact = Decimal(str(current))
         shorter = (Context(prec=digits, rounding=ROUND_FLOOR).plus(exact) for digits in (1, 2))
         for number in (factor.low, *map(float, shorter)):
             if number < current and number in factor:
