@@ -19,7 +19,7 @@ def a_changed_position_stays_in_its_window(subject, case):
     are changed at both ends and between them, by a little and by a lot.
     """
     subject.same_length(case)
-    left, right = subject.target.receptive_field(case.config)
+    left, right = subject.field(case)
     x = case.rng("input").standard_normal(case.shape)
     model, out = _run(subject, case, x)
     place = int(case.rng("place").choice(positions(case)))

@@ -30,7 +30,7 @@ def claimed_field_is_the_formula(subject, case):
     model = subject.model(case)
     claim = subject.target.claims["receptive field"]
     claimed = attempt("claimed receptive field", lambda: claim(model, case.config))
-    left, right = subject.target.receptive_field(case.config)
+    left, right = subject.field(case)
     yield equal(claimed, left + right + 1, "claimed receptive field")
     yield equal(isinstance(claimed, int), True, "claimed receptive field is an int")
 
@@ -45,7 +45,7 @@ def a_nan_reaches_exactly_its_window(subject, case):
     that is not dense only the two ends must see it, besides nothing outside.
     """
     subject.same_length(case)
-    left, right = subject.target.receptive_field(case.config)
+    left, right = subject.field(case)
     model = subject.model(case)
     randomise(model, case.rng("weights"))
     places = positions(case)
@@ -73,7 +73,7 @@ def an_impulse_reaches_exactly_its_window(subject, case):
 
     No term cancels and no ReLU cuts, so this sees every tap that is missing.
     """
-    left, right = subject.target.receptive_field(case.config)
+    left, right = subject.field(case)
     model = subject.model(case)
     make_positive(subject.handles(model, case), case.rng("weights"))
     places = positions(case)

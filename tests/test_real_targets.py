@@ -169,9 +169,8 @@ def test_streaming_fails_for_a_kernel_of_one(prop: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("prop", "message"),
     [
-        ("modes.eval_is_deterministic", r"padder\.buffer after two calls in eval mode"),
+        ("modes.eval_is_deterministic", r"after two calls in eval mode: .*padder\.buffer"),
         ("gradients.every_parameter_gets_a_gradient", "inplace operation|a second time"),
-        ("gradients.gradients_do_not_change_the_output", "Inplace update to inference tensor"),
     ],
 )
 def test_streaming_keeps_its_history_in_registered_buffers(prop: str, message: str) -> None:

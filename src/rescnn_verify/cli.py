@@ -8,6 +8,7 @@ and a wrong option is answered at once.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -128,8 +129,8 @@ def check(
                     advance(outcome)
         except KeyboardInterrupt:
             interrupted = True
-            if executor:
-                executor.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()  # it may hang in the target's code
     outcomes.sort(key=lambda outcome: names.index(outcome.name))
     written = {}
     try:
@@ -147,7 +148,7 @@ def check(
             _fail(f"--json {json_file}: {error.strerror}")
     if interrupted:
         _fail(f"interrupted after {len(outcomes)} of {len(names)} properties")
-    sys.exit(report.exit_code(report.verdict_of(outcomes)))
+    sys.exit(report.exit_code(report.verdict_of(outcomes, len(names))))
 
 
 @main.command()
@@ -185,7 +186,7 @@ def replay(files: tuple[Path, ...], target: str | None) -> None:
         reproduced += 1
         console.print(f"[bold red]reproduced[/]: {name}", soft_wrap=True, highlight=False)
         seen = replace(witness, what=falsified.what, expected=falsified.expected, got=falsified.got)
-        report.print_witness(console, seen, None)
+        report.print_witness(console, seen, None, lines=False)
     sys.exit(1 if reproduced else 0)
 
 

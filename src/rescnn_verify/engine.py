@@ -22,7 +22,7 @@ from rescnn_verify.space import Choice, Space, SpaceError
 from rescnn_verify.statement import Property
 from rescnn_verify.strategies import trials
 from rescnn_verify.subject import NotApplicable, Subject, environment
-from rescnn_verify.target import Target
+from rescnn_verify.target import Target, TargetError
 
 __all__ = ["PROFILES", "Outcome", "Profile", "Tally", "check_property", "run_trial"]
 
@@ -50,6 +50,7 @@ PROFILES = {
 
 HELD, FALSIFIED, NOT_APPLICABLE = "held", "falsified", "not applicable"
 NOTHING_ASSERTED, INTERNAL_ERROR = "nothing asserted", "internal error"
+BAD_TARGET = "bad target"
 
 
 @dataclass
@@ -69,7 +70,8 @@ class Outcome:
 
     Args:
         name: the property.
-        verdict: held, falsified, not applicable, nothing asserted, or internal error.
+        verdict: held, falsified, not applicable, nothing asserted, bad target (its description
+            contradicts itself), or internal error.
         evidence: exact, bounded or statistical.
         cases, assertions, architectures: how many were run, made, seen; shrinking not counted.
         seconds: of this property.
@@ -120,12 +122,16 @@ def run_trial(
                     if comparison.ratio is not None:
                         tally.worst_ratio = max(tally.worst_ratio or 0.0, comparison.ratio)
         except Falsified:
+            if tally is not None:
+                tally.assertions += 1
+            raise
+        except TargetError:
             raise
         except NotApplicable as reason:
             if tally is None:
                 raise
             tally.not_applicable = str(reason)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not _raised_in(error, target.source_files):
                 raise
             raise Falsified("the target's code", "no exception", describe(error)) from error
@@ -165,6 +171,8 @@ def check_property(
     try:
         with environment():
             failure = _search(prop, target, space, profile, _seed_for(prop, seed), tally)
+    except TargetError as mistake:
+        return outcome(BAD_TARGET, reason=str(mistake))
     except Unsatisfiable:
         return outcome(NOTHING_ASSERTED, reason="no case of its space could be drawn")
     except Exception:

@@ -70,7 +70,7 @@ class PropertyFile(pytest.File):
         try:
             _target(self.config)
         except TargetError as error:
-            raise self.CollectError(str(error)) from None
+            pytest.exit(f"--target: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
 
         for prop in all_properties():
             if prop.family == self.path.stem:

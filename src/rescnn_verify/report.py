@@ -37,11 +37,18 @@ COULD_NOT_RUN = "could not run"
 STYLES = {HELD: "green", FALSIFIED: "bold red", NOT_APPLICABLE: "dim"}
 
 
-def verdict_of(outcomes: Sequence[Outcome]) -> str:
-    """The verdict of a whole run: falsified if any property is, held if all that apply are."""
+def verdict_of(outcomes: Sequence[Outcome], planned: int) -> str:
+    """The verdict of a whole run: falsified if any property is, held if all that apply are.
+
+    Args:
+        outcomes: what came of the properties that were run.
+        planned: how many were to be run.
+    """
     verdicts = {outcome.verdict for outcome in outcomes}
     if FALSIFIED in verdicts:
         return FALSIFIED
+    if len(outcomes) < planned:
+        return COULD_NOT_RUN
     return HELD if HELD in verdicts and verdicts <= {HELD, NOT_APPLICABLE} else COULD_NOT_RUN
 
 
@@ -76,7 +83,8 @@ def to_json(
     """The run as a JSON object."""
     return {
         "target": plan.target,
-        "verdict": verdict_of(outcomes),
+        "verdict": verdict_of(outcomes, len(plan.properties)),
+        "not run": len(plan.properties) - len(outcomes),
         "profile": plan.profile,
         "seed": plan.seed,
         "seconds": round(seconds, 3),
@@ -122,9 +130,9 @@ def print_report(
     """The table of properties, every falsification, and the verdict."""
     title = f"rescnn-verify check {escape(plan.target)}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("property", overflow="fold", min_width=40)
+    table.add_column("property", no_wrap=True)
     table.add_column("verdict")
-    table.add_column("evidence")
+    table.add_column("evidence", overflow="fold")
     for heading in ("cases", "assertions", "s"):
         table.add_column(heading, justify="right")
     for outcome in outcomes:
@@ -144,13 +152,12 @@ def print_report(
         elif outcome.verdict not in (HELD, NOT_APPLICABLE):
             _print(console, f"\n[bold yellow]{outcome.verdict}[/]: {outcome.name}")
             _print(console, escape(outcome.reason or ""))
-    skipped = Counter(o.reason or "" for o in outcomes if o.verdict == NOT_APPLICABLE)
-    for reason, count in skipped.items():
-        _print(console, f"not applicable ({count}): {escape(reason)}")
     _print(console, _summary(plan, outcomes, seconds))
 
 
-def print_witness(console: Console, witness: Witness, path: Path | None) -> None:
+def print_witness(
+    console: Console, witness: Witness, path: Path | None, *, lines: bool = True
+) -> None:
     """What was expected, what came, the smallest case, and lines to copy."""
     _print(console, f"  {escape(witness.what)}")
     _print(console, f"    expected  {escape(witness.expected)}")
@@ -159,8 +166,9 @@ def print_witness(console: Console, witness: Witness, path: Path | None) -> None
         _print(console, f"    after     {escape(str(case))}")
     _print(console, f"    case      {escape(str(witness.case))}")
     if path:
-        _print(console, "  see it again:")
+        _print(console, "  see it again, from this folder:")
         _print(console, f"    rescnn-verify replay {escape(str(path))}")
+    if lines:
         _print(console, "  or in Python:")
         for line in witness.python().splitlines():
             _print(console, f"    {escape(line)}")
@@ -175,7 +183,9 @@ def _print_falsified(console: Console, outcome: Outcome, target: str, path: Path
 
 
 def _evidence(outcome: Outcome) -> str:
-    if outcome.verdict in (NOT_APPLICABLE, INTERNAL_ERROR):
+    if outcome.verdict == NOT_APPLICABLE:
+        return escape(outcome.reason or "")
+    if outcome.verdict == INTERNAL_ERROR:
         return ""
     if outcome.worst_ratio is not None:
         return f"{outcome.evidence} (worst {outcome.worst_ratio:.2f})"
@@ -184,10 +194,12 @@ def _evidence(outcome: Outcome) -> str:
 
 def _summary(plan: Plan, outcomes: Sequence[Outcome], seconds: float) -> str:
     counts = Counter(outcome.verdict for outcome in outcomes)
+    if missing := len(plan.properties) - len(outcomes):
+        counts["not run"] = missing
     parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     cases = sum(outcome.cases for outcome in outcomes)
     assertions = sum(outcome.assertions for outcome in outcomes)
-    verdict = verdict_of(outcomes)
+    verdict = verdict_of(outcomes, len(plan.properties))
     style = STYLES.get(verdict, "bold yellow")
     return (
         f"\n[{style}]{verdict}[/]: {parts}; sampled {cases} cases, {assertions} assertions, "
@@ -197,7 +209,7 @@ def _summary(plan: Plan, outcomes: Sequence[Outcome], seconds: float) -> str:
 
 def console() -> Console:
     """Standard output; wide enough for the table when it is not a terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def _print(console: Console, text: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import Falsified, attempt
 from rescnn_verify.handles import BlockHandles
-from rescnn_verify.target import Target
+from rescnn_verify.target import Target, TargetError
 
 __all__ = ["DTYPES", "NotApplicable", "Subject", "environment", "onednn", "seed_everything"]
 
@@ -120,6 +120,26 @@ class Subject:
     def output_shape(self, case: Case) -> tuple[int, ...]:
         """The output's promised shape."""
         return tuple(self.target.output_shape(case.config, case.shape))
+
+    def field(self, case: Case) -> tuple[int, int]:
+        """How many positions before and after an output it depends on, as the target says.
+
+        Raises:
+            TargetError: the target says something else than two integers of at least 0.
+        """
+        describe = self.target.receptive_field
+        assert describe is not None, "a property that uses the field must list it among its needs"
+        said = describe(case.config)
+        if not (
+            isinstance(said, tuple)
+            and len(said) == 2
+            and all(isinstance(side, int) and side >= 0 for side in said)
+        ):
+            raise TargetError(
+                f"receptive_field must return (left, right), two integers of at least 0; for "
+                f"{case.config.describe()} it returned {said!r}"
+            )
+        return said[0], said[1]
 
     def same_length(self, case: Case) -> None:
         """For statements that set output positions beside input positions.

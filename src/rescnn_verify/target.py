@@ -22,6 +22,8 @@ from rescnn_verify.space import ARCHITECTURES, Choice, Space
 __all__ = ["Target", "TargetError", "Traits", "load"]
 
 Shape = tuple[int, int, int]
+NORMS = ("batch", "instance", "group", "weight", "none")
+DROPOUTS = ("channel", "element", "none")
 CLAIMS = ("receptive field", "parameter count")
 
 
@@ -57,6 +59,14 @@ class Traits:
     keeps_nonfinite: bool = False
     direct_convolution: bool = True
     dense_field: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("norm", NORMS), ("dropout", DROPOUTS)):
+            if getattr(self, name) not in (None, *allowed):
+                raise TargetError(
+                    f"Traits({name}={getattr(self, name)!r}) is not known; allowed: "
+                    f"{', '.join(allowed)}"
+                )
 
 
 CONTRACT_TRAITS = Traits(

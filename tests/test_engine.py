@@ -1,0 +1,204 @@
+"""The engine's verdicts, and what it never does with a counterexample."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+from torch import nn
+
+from rescnn import ResCNNStack
+from rescnn_verify import Case, Choice, Integers, Space, Target, Traits
+from rescnn_verify.compare import Falsified, equal
+from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
+from rescnn_verify.engine import (
+    BAD_TARGET,
+    FALSIFIED,
+    HELD,
+    INTERNAL_ERROR,
+    NOT_APPLICABLE,
+    NOTHING_ASSERTED,
+    PROFILES,
+    check_property,
+)
+from rescnn_verify.needs import HANDLES
+from rescnn_verify.space import value
+from rescnn_verify.statement import all_properties, statement
+from rescnn_verify.subject import NotApplicable
+from rescnn_verify.target import TargetError, contract_target
+from rescnn_verify.witness import find_property
+
+QUICK = PROFILES["quick"]
+SMALL = Space(length=Integers(1, 30), seed=Integers(0, 9))
+STACK = contract_target(ResCNNStack, "stack")
+
+
+def outcome_of(check, target=STACK, space=SMALL, needs=()):
+    return check_property(statement(space=space, needs=needs)(check), target, profile=QUICK, seed=0)
+
+
+def test_a_statement_that_holds_is_held():
+    def check(subject, case):
+        yield equal(1, 1, "one")
+
+    outcome = outcome_of(check)
+    assert outcome.verdict == HELD
+    assert outcome.assertions == outcome.cases > 0
+
+
+def test_a_false_statement_is_falsified_at_its_smallest_case():
+    def check(subject, case):
+        yield equal(case.length < 17, True, "short")
+
+    outcome = outcome_of(check)
+    assert outcome.verdict == FALSIFIED
+    assert outcome.trial[-1].length == 17
+    assert (outcome.expected, outcome.got) == ("True", "False")
+
+
+def test_a_statement_that_compares_nothing_has_not_passed():
+    def check(subject, case):
+        yield from ()
+
+    assert outcome_of(check).verdict == NOTHING_ASSERTED
+
+
+def test_an_exception_of_the_suite_is_no_verdict_on_the_target():
+    def check(subject, case):
+        yield equal(1, 1, "one")
+        raise ZeroDivisionError("in the suite")
+
+    outcome = outcome_of(check)
+    assert outcome.verdict == INTERNAL_ERROR
+    assert "ZeroDivisionError: in the suite" in outcome.reason
+
+
+class Raises(ResCNNStack):
+    def forward(self, x):
+        raise OSError("no such kernel")
+
+
+class Exits(ResCNNStack):
+    def forward(self, x):
+        sys.exit(0)
+
+
+class RefusesItsState(ResCNNStack):
+    def state_dict(self, *args, **kwargs):
+        raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "got"),
+    [
+        (Raises, "shape.output_is_finite", "OSError: no such kernel"),
+        (Exits, "shape.output_is_finite", "SystemExit: 0"),
+        (RefusesItsState, "state.copies_are_the_same_function", "RuntimeError: not today"),
+    ],
+)
+def test_an_exception_of_the_target_falsifies(cls, name, got):
+    outcome = check_property(find_property(name), contract_target(cls, "t"), profile=QUICK, seed=0)
+    assert (outcome.verdict, outcome.got) == (FALSIFIED, got)
+
+
+def test_what_the_target_does_not_promise_is_not_applicable_with_the_reason():
+    def check(subject, case):
+        yield equal(1, 2, "never run")
+
+    outcome = outcome_of(check, target=Target(build=lambda c: nn.Identity()), needs=(HANDLES,))
+    assert outcome.verdict == NOT_APPLICABLE
+    assert "handles of the blocks" in outcome.reason
+
+
+def test_a_case_that_is_not_applicable_does_not_hide_a_counterexample():
+    def check(subject, case):
+        if case.length < 10:
+            raise NotApplicable("too short")
+        yield equal(case.length, 0, "length")
+
+    outcome = outcome_of(check)
+    assert outcome.verdict == FALSIFIED
+    assert outcome.trial[-1].length == 10
+
+
+def test_an_exception_while_shrinking_does_not_lose_the_counterexample():
+    def check(subject, case):
+        if case.length < 10:
+            raise ZeroDivisionError
+        yield equal(case.length, 0, "length")
+
+    space = SMALL.narrow(length=Choice(20, 19, 18))
+    prop = statement(space=SMALL)(check)
+    target = replace(STACK, space=STACK.space * space)
+    assert check_property(prop, target, profile=QUICK, seed=0).verdict == FALSIFIED
+
+
+def test_a_description_that_contradicts_itself_is_a_bad_target():
+    target = Target(build=lambda c: nn.Identity(), receptive_field=lambda c: 3)
+    name = "locality.a_changed_position_stays_in_its_window"
+    outcome = check_property(find_property(name), target, profile=QUICK, seed=0)
+    assert outcome.verdict == BAD_TARGET
+    assert "must return (left, right)" in outcome.reason
+
+
+def test_an_unknown_trait_is_refused_with_what_is_allowed():
+    with pytest.raises(TargetError, match="norm='Batch'. is not known; allowed: batch, instance"):
+        Traits(norm="Batch")
+
+
+def test_one_seed_gives_one_outcome_and_another_seed_other_cases():
+    seen = []
+
+    def check(subject, case):
+        seen.append(case)
+        yield equal(1, 1, "one")
+
+    prop = statement(space=SMALL)(check)
+    runs = []
+    for seed in (0, 0, 1):
+        seen.clear()
+        check_property(prop, STACK, profile=QUICK, seed=seed)
+        runs.append(list(seen))
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_the_quick_samples_are_the_first_of_the_default_ones():
+    seen = []
+
+    def check(subject, case):
+        seen.append(case)
+        yield equal(1, 1, "one")
+
+    prop = statement(space=SMALL)(check)
+    runs = []
+    for profile in ("quick", "default"):
+        seen.clear()
+        check_property(prop, STACK, profile=replace(PROFILES[profile], drawn=1), seed=0)
+        runs.append(list(seen))
+    assert runs[1][: len(runs[0]) - 4] == runs[0][:-4]
+
+
+@pytest.mark.parametrize("prop", all_properties(), ids=lambda prop: prop.name)
+def test_every_choice_of_a_property_is_drawn(prop):
+    if prop.missing(STACK):
+        pytest.skip("not claimed of the bundled model")
+    space = prop.space_for(STACK)
+    draw = RandomDraw(0)
+    cases: list[Case] = []
+    for _ in range(400):
+        try:
+            cases += draw_trial(draw, space, work=prop.work)
+        except NoCase:
+            continue
+    for name, factor in prop.space.factors:
+        if isinstance(factor, Choice):
+            drawn = {repr(value(case, name)) for case in cases}
+            assert drawn == {repr(item) for item in factor.values}, name
+
+
+def test_a_falsified_comparison_counts_as_an_assertion():
+    def check(subject, case):
+        raise Falsified("it", "this", "that")
+        yield
+
+    assert outcome_of(check).assertions == 1
