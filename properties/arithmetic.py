@@ -32,6 +32,41 @@ def integer_networks_are_exact(subject, case):
     norms' variance is a power of four so large that eps is rounded off. Inputs reach as far as
     the certificate allows.
     """
+    yield from _same_as_numpy(subject, case)
+
+
+@statement(
+    space=EVAL.narrow(
+        length=Integers(257, 4200), batch=Choice(1, 2), channels=Integers(1, 4),
+        num_blocks=Integers(1, 5), onednn=Choice(True, False),
+    ),
+    needs=(*REFERENCE, DIRECT),
+    work=2**20,
+    effort=0.6,
+)  # fmt: skip
+def long_integer_signals_are_exact(subject, case):
+    """The same for signals of several hundred to several thousand positions.
+
+    That is where an implementation that works in chunks has seams, and every position counts.
+    """
+    yield from _same_as_numpy(subject, case)
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("eval"), length=Integers(1, 24), batch=Integers(9, 260),
+        channels=Integers(1, 6), onednn=Choice(True, False),
+    ),
+    needs=(*REFERENCE, DIRECT),
+    work=2**19,
+    effort=0.6,
+)  # fmt: skip
+def large_integer_batches_are_exact(subject, case):
+    """The same for batches of more than 8 samples."""
+    yield from _same_as_numpy(subject, case)
+
+
+def _same_as_numpy(subject, case):
     model = subject.model(case)
     found = certify(subject.handles(model, case), case, bits="forward_bits")
     if found is None:

@@ -68,12 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--right-profile", choices=PROFILES, default="default")
     parser.add_argument("--full", action="store_true", help="run every property on every fault")
     parser.add_argument("--only", nargs="*", help="names of implementations")
+    parser.add_argument("--families", nargs="*", help="wrong implementations of these families")
     parser.add_argument("--right", action="store_true", help="right implementations only")
     parser.add_argument("--wrong", action="store_true", help="wrong implementations only")
     parser.add_argument("--json", type=Path, help="write the kill matrix as JSON")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    wrong = [] if options.right else [fault.cls.__name__ for fault in WRONG]
+    families = options.families or {fault.family for fault in WRONG}
+    wrong = [fault.cls.__name__ for fault in WRONG if fault.family in families]
+    wrong = [] if options.right else wrong
     right = [] if options.wrong else [entry.cls.__name__ for entry in RIGHT]
     names = [name for name in (*right, *wrong) if not options.only or name in options.only]
     if unknown := set(options.only or ()) - {*right, *wrong}:

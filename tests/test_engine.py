@@ -141,7 +141,7 @@ def test_a_description_that_contradicts_itself_is_a_bad_target():
 
 
 def test_an_unknown_trait_is_refused_with_what_is_allowed():
-    with pytest.raises(TargetError, match="norm='Batch'. is not known; allowed: batch, instance"):
+    with pytest.raises(TargetError, match=r"norm='Batch'. is not known; allowed: batch, inst"):
         Traits(norm="Batch")
 
 

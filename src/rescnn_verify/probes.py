@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 
+#: Chunk sizes, or divisors of them, that people write.
+SEAMS = (64, 128, 256, 500, 512, 1000, 1024, 2048)
+
+
 def as_input(case: Case, values: np.ndarray) -> Tensor:
     """float64 values of shape (batch, channels, length) in the case's dtype, device and layout.
 
@@ -61,9 +65,18 @@ def normal_input(case: Case, purpose: str = "input") -> Tensor:
 
 
 def positions(case: Case, purpose: str = "positions", count: int = 4) -> list[int]:
-    """Positions of the input to probe: both ends, then others."""
-    others = case.rng(purpose).integers(0, case.length, size=max(0, count - 2)).tolist()
-    return sorted({0, case.length - 1, *others})
+    """Positions of the input to probe: both ends, then others.
+
+    In a long signal as many again lie at multiples of usual chunk sizes or just before, where an
+    implementation that works in chunks has its seams.
+    """
+    rng = case.rng(purpose)
+    places = {0, case.length - 1, *rng.integers(0, case.length, size=count - 2).tolist()}
+    for size in rng.choice(SEAMS, size=count).tolist():
+        if size < case.length:
+            seam = size * int(rng.integers(1, (case.length - 1) // size + 1))
+            places.add(seam - int(rng.integers(0, 2)))
+    return sorted(places)
 
 
 def impulse_rows(case: Case, places: list[int], value: float) -> np.ndarray:
