@@ -37,7 +37,7 @@ def integer_networks_are_exact(subject, case):
 
 @statement(
     space=EVAL.narrow(
-        length=Integers(257, 4200), batch=Choice(1, 2), channels=Integers(1, 4),
+        length=Integers(257, 4200), batch=Choice(1), channels=Integers(1, 8),
         num_blocks=Integers(1, 5), onednn=Choice(True, False),
     ),
     needs=(*REFERENCE, DIRECT),

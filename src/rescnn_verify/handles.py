@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -28,12 +28,12 @@ class BlockHandles:
     """The parts of one residual block.
 
     Args:
-        module: the block itself, callable on an input.
+        module: the block itself, callable on an input; None where only its parts are known.
         branches: branch i's convolution and norm, in the order of the kernel sizes.
         fusion: the 1×1 convolution and norm.
     """
 
-    module: nn.Module
+    module: nn.Module | None
     branches: tuple[ConvNorm, ...]
     fusion: ConvNorm
 
@@ -61,6 +61,10 @@ def contract_handles(model: nn.Module, config: Config) -> tuple[BlockHandles, ..
             "residual blocks in the model", f"num_blocks = {config.num_blocks}", str(len(blocks))
         )
     handles = tuple(_block_handles(block, config) for block in blocks)
+    if not isinstance(getattr(model, "blocks", None), nn.Module):
+        # What holds the convolutions need not add the residual; only the whole model surely does.
+        whole = model if config.num_blocks == 1 else None
+        handles = tuple(replace(block, module=whole) for block in handles)
     if tuple(config.kernel_sizes) == (1,) and not hasattr(blocks[0], "fusion"):
         return tuple(_told_apart(model, handles, place) for place in range(len(handles)))
     return handles

@@ -94,15 +94,10 @@ class Subject:
         Raises:
             NotApplicable: the block is not made to be called with an input alone.
         """
-        forward = block.module.forward
-        try:
-            inspect.signature(forward).bind(x)
-            callable_alone = type(block.module).forward is not nn.Module.forward
-        except TypeError:
-            callable_alone = False
-        if not callable_alone:
+        module = block.module
+        if module is None or not _takes(module, x):
             raise NotApplicable("the blocks are not made to be called alone")
-        return self(block.module, x, call=lambda module, value: module(value))
+        return self(module, x, call=lambda part, value: part(value))
 
     def backward(self, out: Tensor, gradient: Tensor, what: str = "backward") -> None:
         """Accumulates the vector-Jacobian product of ``gradient`` in the leaves' ``.grad``."""
@@ -231,6 +226,15 @@ class _Saved:
         self.tensor.grad = None
         if self.tensor.requires_grad != self.requires_grad:
             self.tensor.requires_grad_(self.requires_grad)
+
+
+def _takes(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module's forward is made for one argument."""
+    try:
+        inspect.signature(module.forward).bind(x)
+    except TypeError:
+        return False
+    return type(module).forward is not nn.Module.forward
 
 
 def _save(model: nn.Module) -> list[_Saved]:

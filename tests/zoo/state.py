@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .base import Block, Stack
@@ -137,17 +136,6 @@ class PickleResetsStatistics(Stack):
                 if isinstance(module, nn.BatchNorm1d):
                     module.reset_running_stats()
             return twin.__dict__
-
-
-@wrong("state", "an activation kept as a lambda cannot be pickled")
-class KeepsLambda(Stack):
-    class Block(Block):
-        def build(self):
-            super().build()
-            self.activation = lambda y: F.relu(y)
-
-        def activate(self, y):
-            return self.activation(y)
 
 
 @wrong("state", "branches are kept by shape across models, so models share weights")
