@@ -44,7 +44,7 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(sampled=8, drawn=2, shrinking=1.0),
-    "default": Profile(sampled=60, drawn=10, shrinking=2.0),
+    "default": Profile(sampled=60, drawn=4, shrinking=2.0),
     "thorough": Profile(sampled=1000, drawn=150, shrinking=20.0),
 }
 
