@@ -16,6 +16,7 @@ from rescnn_verify.needs import CHANNEL_DROPOUT, HANDLES, POST_ACTIVATION
 from rescnn_verify.probes import as_input, normal_input, randomise, set_norm
 from rescnn_verify.space import INPUTS, Choice, Integers, Lists
 from rescnn_verify.statement import statement
+from rescnn_verify.subject import seed_torch
 
 NEEDS = (HANDLES, CHANNEL_DROPOUT, POST_ACTIVATION)
 TRAIN = INPUTS.narrow(
@@ -39,7 +40,7 @@ def survivors_are_scaled(subject, case):
         set_norm(block.fusion.norm, scale=0.0, shift=1.0 if i == index else 0.0)
     x = torch.zeros_like(normal_input(case))
     with torch.no_grad():
-        torch.manual_seed(case.seed)
+        seed_torch(case.seed)
         out = subject(model, x)
     constant = bool((out == out[:, :, :1]).all())
     yield holds(constant, "dropout along a channel", "one value per channel", "several values")
@@ -82,7 +83,7 @@ def rate_and_independence(subject, case):
     for i, block in enumerate(blocks):
         set_norm(block.fusion.norm, scale=0.0, shift=4.0**i * (1 - p))
     x = torch.zeros_like(normal_input(case))
-    torch.manual_seed(case.seed)
+    seed_torch(case.seed)
     with torch.no_grad():
         calls = [subject(model, x)[:, :, 0].double().cpu().numpy() for _ in range(4)]
     # Survivors contribute 4^i, so the base-4 digits say which blocks kept a channel.
@@ -158,7 +159,7 @@ def gradients_pass_the_mask_of_the_output(subject, case):
         set_norm(block.fusion.norm, scale=0.0, shift=4.0**i)
     x = torch.ones_like(normal_input(case))
     v = torch.from_numpy(case.rng("gradient").integers(-3, 4, case.shape)).to(x)
-    torch.manual_seed(case.seed)
+    seed_torch(case.seed)
     out, gradient = subject.vjp(model, x, v)
     codes = ((out - x) / 2 if case.dropout else out - x).round().to(torch.int64)
     yield same_bits(gradient, v, "gradient at the input")
@@ -183,7 +184,7 @@ def the_residual_is_never_dropped(subject, case):
         for block in subject.handles(model, case):
             set_norm(block.fusion.norm, scale=0.0, shift=0.0)
     x = normal_input(case)
-    torch.manual_seed(case.seed)
+    seed_torch(case.seed)
     with torch.no_grad():
         out = subject(model, x)
     yield same_bits(out, torch.relu(x), "output in train mode without its fusions")

@@ -10,6 +10,7 @@ from rescnn_verify.oracles import SIGNIFICAND_BITS, exact_pass
 from rescnn_verify.probes import as_input, fill, make_positive, normal_input, randomise
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
 from rescnn_verify.statement import statement
+from rescnn_verify.subject import seed_torch
 
 SMALL = INPUTS.narrow(batch=Integers(1, 33), length=Integers(1, 600))
 NO_RANDOM_DROPOUT = Constraint(
@@ -253,7 +254,7 @@ def _gradients(subject, case, factor, passes=1):
     v = case.rng("gradient").standard_normal(subject.output_shape(case))
     v = torch.from_numpy(v).to(leaf) * factor
     for _ in range(passes):
-        torch.manual_seed(case.seed)
+        seed_torch(case.seed)
         subject.backward(subject(model, leaf), v)
     named = [("the input", leaf), *model.named_parameters()]
     for name, tensor in named:

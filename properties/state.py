@@ -13,7 +13,7 @@ from rescnn_verify.networks import certify
 from rescnn_verify.probes import as_input, normal_input, randomise
 from rescnn_verify.space import INPUTS, Choice, Integers, Space
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import DTYPES, NotApplicable, seed_everything
+from rescnn_verify.subject import DTYPES, NotApplicable, seed_everything, seed_torch
 
 EVAL = INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 9), length=Integers(1, 80))
 
@@ -23,7 +23,7 @@ def same_seed_same_initial_weights(subject, case):
     """Two models built from the same generator state are equal; from another they differ."""
     models = []
     for seed in (case.seed, case.seed, case.seed + 1):
-        torch.manual_seed(seed)
+        seed_torch(seed)
         models.append(subject.build_with(case.config))
     first, again = (model.state_dict() for model in models[:2])
     yield same_tensors(again, first, "initial state from the same generator state")
@@ -41,7 +41,7 @@ def initial_weights_are_not_degenerate(subject, case):
     statistics start at mean 0 and variance 1 with no batch counted. (Norm scales are exempt: a
     last norm that starts at zero is a usual choice.)
     """
-    torch.manual_seed(case.seed)
+    seed_torch(case.seed)
     model = subject.build_with(case.config)
     weights = []
     for i, block in enumerate(subject.handles(model, case)):
@@ -177,7 +177,7 @@ def _same_function(subject, case, way):
     yield same_tensors(other.state_dict(), model.state_dict(), "state_dict of the copy")
     outputs = []
     for built in (model, other):
-        torch.manual_seed(case.seed)
+        seed_torch(case.seed)
         with torch.no_grad():
             steps = [subject(built, x)]
             subject.set_mode(built, "train")
@@ -268,7 +268,7 @@ def building_draws_only_from_torch(subject, case):
     states = []
     for seed in (1, 2):
         seed_everything(seed)
-        torch.manual_seed(case.seed)
+        seed_torch(case.seed)
         states.append(subject.build_with(case.config).state_dict())
     for name, value in states[0].items():
         yield same_bits(

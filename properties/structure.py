@@ -14,6 +14,7 @@ from rescnn_verify.needs import (
 )
 from rescnn_verify.space import Space
 from rescnn_verify.statement import statement
+from rescnn_verify.subject import seed_torch
 
 
 @statement(space=Space(), needs=(HANDLES,), documented=True, effort=2)
@@ -119,7 +120,7 @@ def constructor_defaults(subject, case):
     x = torch.from_numpy(case.rng("input").standard_normal((4, channels, 5))).float()
     outputs = []
     for built in (model, reference):
-        torch.manual_seed(case.seed)
+        seed_torch(case.seed)
         outputs.append(subject(subject.set_mode(built, "train"), x))
     yield same_bits(outputs[0], outputs[1], "output in train mode with default arguments")
     parameters = inspect.signature(cls).parameters

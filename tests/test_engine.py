@@ -22,10 +22,9 @@ from rescnn_verify.engine import (
 )
 from rescnn_verify.needs import HANDLES
 from rescnn_verify.space import value
-from rescnn_verify.statement import all_properties, statement
+from rescnn_verify.statement import all_properties, find_property, statement
 from rescnn_verify.subject import NotApplicable
 from rescnn_verify.target import TargetError, contract_target
-from rescnn_verify.witness import find_property
 
 QUICK = PROFILES["quick"]
 SMALL = Space(length=Integers(1, 30), seed=Integers(0, 9))

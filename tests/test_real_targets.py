@@ -16,8 +16,8 @@ import pytest
 from rescnn_verify import Config, Space
 from rescnn_verify.engine import FALSIFIED, HELD, NOT_APPLICABLE, PROFILES, Outcome, check_property
 from rescnn_verify.space import Choice, Integers, Lists
+from rescnn_verify.statement import find_property
 from rescnn_verify.target import Target, load
-from rescnn_verify.witness import find_property
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PACKAGE = {"tcn": "pytorch_tcn", "monai_blocks": "monai"}

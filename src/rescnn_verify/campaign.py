@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from rescnn_verify.engine import FALSIFIED, PROFILES, Outcome, check_property
-from rescnn_verify.statement import Property, all_properties
+from rescnn_verify.statement import Property, all_properties, find_property
 from rescnn_verify.target import load
 from rescnn_verify.workers import workers
 
@@ -129,9 +129,8 @@ def _one_by_one(plan: Plan, names: Sequence[str]) -> Iterator[Outcome]:
 
 def check_unit(plan: Plan, name: str) -> Outcome:
     """One property of a plan; the unit of work that an executor runs."""
-    prop = next(p for p in all_properties() if p.name == name)
     return check_property(
-        prop,
+        find_property(name),
         _load(plan.target),
         profile=PROFILES[plan.profile],
         seed=plan.seed,

@@ -166,6 +166,7 @@ def replay(files: tuple[Path, ...], target: str | None) -> None:
 
     from rescnn_verify import report
     from rescnn_verify.case import CaseError
+    from rescnn_verify.statement import PropertyError
     from rescnn_verify.target import TargetError
     from rescnn_verify.witness import Witness, WitnessError
     from rescnn_verify.witness import replay as run
@@ -177,7 +178,7 @@ def replay(files: tuple[Path, ...], target: str | None) -> None:
             witness = Witness.read(path)
             witness = replace(witness, target=target or witness.target)
             falsified = run(witness)
-        except (WitnessError, TargetError, CaseError) as error:
+        except (WitnessError, PropertyError, TargetError, CaseError) as error:
             _fail(str(error))
         name = f"{escape(witness.name)} on {escape(witness.target)}"
         if falsified is None:

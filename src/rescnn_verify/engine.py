@@ -5,26 +5,26 @@ from __future__ import annotations
 import hashlib
 import time
 import traceback
-from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky, Unsatisfiable
 
-from rescnn_verify.case import Case, Config
-from rescnn_verify.compare import Falsified, describe
+from rescnn_verify.case import Case
+from rescnn_verify.compare import Falsified
 from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
 from rescnn_verify.shrinking import shrink
 from rescnn_verify.space import Choice, Space, SpaceError
 from rescnn_verify.statement import Property
 from rescnn_verify.strategies import trials
-from rescnn_verify.subject import NotApplicable, Subject, environment
+from rescnn_verify.subject import environment
 from rescnn_verify.target import Target, TargetError
+from rescnn_verify.trial import Tally, run_trial
 
-__all__ = ["PROFILES", "Outcome", "Profile", "Tally", "check_property", "run_trial"]
+__all__ = ["PROFILES", "Outcome", "Profile", "check_property"]
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,6 @@ PROFILES = {
 HELD, FALSIFIED, NOT_APPLICABLE = "held", "falsified", "not applicable"
 NOTHING_ASSERTED, INTERNAL_ERROR = "nothing asserted", "internal error"
 BAD_TARGET = "bad target"
-
-
-@dataclass
-class Tally:
-    """What was run for one property; the reason if some cases were found not applicable."""
-
-    cases: int = 0
-    assertions: int = 0
-    worst_ratio: float | None = None
-    architectures: set[Config] = field(default_factory=set)
-    not_applicable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,41 +89,6 @@ class Outcome:
 class _Failure:
     trial: tuple[Case, ...]
     error: Falsified
-
-
-def run_trial(
-    prop: Property, target: Target, trial: Iterable[Case], tally: Tally | None = None
-) -> None:
-    """Runs a property on cases in order, on one built model.
-
-    Raises:
-        Falsified: at the first case for which the property is false.
-    """
-    subject = Subject(target)
-    for case in trial:
-        if tally is not None:
-            tally.cases += 1
-            tally.architectures.add(case.config)
-        try:
-            for comparison in prop.check(subject, case):
-                if tally is not None:
-                    tally.assertions += 1
-                    if comparison.ratio is not None:
-                        tally.worst_ratio = max(tally.worst_ratio or 0.0, comparison.ratio)
-        except Falsified:
-            if tally is not None:
-                tally.assertions += 1
-            raise
-        except TargetError:
-            raise
-        except NotApplicable as reason:
-            if tally is None:
-                raise
-            tally.not_applicable = str(reason)
-        except (Exception, SystemExit) as error:
-            if not _raised_in(error, target.source_files):
-                raise
-            raise Falsified("the target's code", "no exception", describe(error)) from error
 
 
 def check_property(
@@ -254,12 +208,6 @@ def _first_failure(
     except (Falsified, Flaky):
         assert found is not None
     return found
-
-
-def _raised_in(error: BaseException, files: frozenset[str]) -> bool:
-    """Whether an exception passed through code of one of the files."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return any(frame.filename in files for frame in frames)
 
 
 def documented_case(target: Target, space: Space) -> Case:

@@ -14,9 +14,13 @@ from rescnn_verify.space import Space, SpaceError
 from rescnn_verify.subject import Subject
 from rescnn_verify.target import Target
 
-__all__ = ["Need", "Property", "all_properties", "statement"]
+__all__ = ["Need", "Property", "PropertyError", "all_properties", "find_property", "statement"]
 
 Check = Callable[[Subject, Case], Iterator[Comparison]]
+
+
+class PropertyError(ValueError):
+    """There is no property of that name."""
 
 
 @dataclass(frozen=True)
@@ -111,3 +115,15 @@ def all_properties() -> tuple[Property, ...]:
     package = importlib.import_module("rescnn_verify.properties")
     modules = [importlib.import_module(f"{package.__name__}.{name}") for name in package.FAMILIES]
     return tuple(p for module in modules for p in vars(module).values() if isinstance(p, Property))
+
+
+def find_property(name: str) -> Property:
+    """The property of that name.
+
+    Raises:
+        PropertyError: there is none.
+    """
+    for prop in all_properties():
+        if prop.name == name:
+            return prop
+    raise PropertyError(f"there is no property {name!r}; `rescnn-verify list` shows them")

@@ -18,7 +18,15 @@ from rescnn_verify.compare import Falsified, attempt
 from rescnn_verify.handles import BlockHandles
 from rescnn_verify.target import Target, TargetError
 
-__all__ = ["DTYPES", "NotApplicable", "Subject", "environment", "onednn", "seed_everything"]
+__all__ = [
+    "DTYPES",
+    "NotApplicable",
+    "Subject",
+    "environment",
+    "onednn",
+    "seed_everything",
+    "seed_torch",
+]
 
 DTYPES = {
     "float64": torch.float64,
@@ -204,9 +212,20 @@ def environment() -> Iterator[None]:
             random.setstate(python_state)
 
 
+def seed_torch(seed: int) -> None:
+    """Seeds torch's generators.
+
+    `torch.manual_seed` would queue a call with its stack, once for every case, for a CUDA that may
+    never be initialised.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+
+
 def seed_everything(seed: int) -> None:
     """Seeds torch's, NumPy's and Python's global generators, for a target that draws from them."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 

@@ -7,28 +7,28 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import numpy
 import torch
 
 from rescnn_verify import __version__
 from rescnn_verify.case import Case, CaseError
 from rescnn_verify.compare import Falsified
-from rescnn_verify.engine import run_trial
-from rescnn_verify.statement import Property, all_properties
+from rescnn_verify.statement import find_property
 from rescnn_verify.subject import environment
 from rescnn_verify.target import load
+from rescnn_verify.trial import run_trial
 
-__all__ = ["Witness", "WitnessError", "find_property", "reproduce", "versions"]
+__all__ = ["Witness", "WitnessError", "reproduce", "versions"]
 
 VERSION = 1
 
 
 class WitnessError(ValueError):
-    """A file that is not a witness, or one of a property that does not exist."""
+    """A file that is not a witness."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def reproduce(name: str, target: str, *cases: Mapping[str, Any]) -> None:
 
     Raises:
         Falsified: the property is false of the target for the last case.
-        WitnessError, TargetError, CaseError: it could not be run.
+        PropertyError, TargetError, CaseError: it could not be run.
     """
     prop = find_property(name)
     trial = tuple(Case.from_json(case) for case in cases)
@@ -139,18 +139,6 @@ def replay(witness: Witness) -> Falsified | None:
     return None
 
 
-def find_property(name: str) -> Property:
-    """The property of that name.
-
-    Raises:
-        WitnessError: there is none.
-    """
-    for prop in all_properties():
-        if prop.name == name:
-            return prop
-    raise WitnessError(f"there is no property {name!r}; `rescnn-verify list` shows them")
-
-
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     return {
@@ -158,5 +146,5 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "hypothesis": hypothesis.__version__,
+        "hypothesis": version("hypothesis"),
     }
