@@ -19,4 +19,5 @@ FAMILIES = (
     "modes",
     "dropout",
     "state",
+    "rounding",
 )

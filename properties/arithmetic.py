@@ -8,7 +8,8 @@ import torch
 from rescnn_verify.compare import Falsified, same_bits, within
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify, make_real, values_of
-from rescnn_verify.oracles import Bounded, read_network, real_pass
+from rescnn_verify.oracles.layers import read_network
+from rescnn_verify.oracles.real import Bounded, real_pass
 from rescnn_verify.probes import as_input
 from rescnn_verify.space import INPUTS, Choice, Integers
 from rescnn_verify.statement import statement

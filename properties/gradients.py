@@ -3,11 +3,22 @@
 import numpy as np
 import torch
 
-from rescnn_verify.compare import Falsified, equal, same_bits, same_tensors
+from rescnn_verify.bounds.gains import stack_gain
+from rescnn_verify.bounds.roundoff import FORMATS, SIGNIFICAND_BITS, gamma
+from rescnn_verify.compare import Falsified, at_most, equal, same_bits, same_tensors
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION, STACK
 from rescnn_verify.networks import certify
-from rescnn_verify.oracles import SIGNIFICAND_BITS, exact_pass
-from rescnn_verify.probes import as_input, fill, make_positive, normal_input, randomise
+from rescnn_verify.oracles.integer import exact_pass
+from rescnn_verify.oracles.layers import read_network
+from rescnn_verify.oracles.real import real_pass
+from rescnn_verify.probes import (
+    as_input,
+    fill,
+    make_positive,
+    normal_input,
+    randomise,
+    shrink_fusion,
+)
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import seed_torch
@@ -244,6 +255,84 @@ def finite_differences_are_exact(subject, case):
     if np.array_equal((after > 0).cpu().numpy(), (out > 0).cpu().numpy()) and case.num_blocks == 1:
         expected = float((change * found.v).sum())
         yield equal(float(shift_gradient[channel]), expected, f"gradient of shift {channel}")
+
+
+@statement(
+    space=INPUTS.narrow(
+        dtype=WIDE, batch=Integers(1, 5), length=Integers(1, 80), channels=Integers(1, 24),
+        dropout=Choice(0.0),
+    ),
+    needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
+    evidence="bounded",
+    work=2**14, effort=0.6)  # fmt: skip
+def no_gradient_exceeds_the_lipschitz_bound(subject, case):
+    """‖Jᵀv‖ ≤ K ‖v‖ for every input and v, K a product of bounds on operator norms.
+
+    See `bounds.gains`. In train mode the norms' factors are those of the batch's own variance.
+    Round-off in Jᵀv is allowed for by its running error bound.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    randomise(model, case.rng("weights"))
+    x, v, exact = _with_reference(subject, case, blocks)
+    if exact is None:
+        return
+    training = case.mode == "train"
+    gain = stack_gain(read_network(blocks), length=case.length, trained=exact if training else None)
+    _, gradient = subject.vjp(model, x, v)
+    bound = gain.norm * _norm(v) + _norm(exact.input_gradient.error)
+    yield at_most(_norm(gradient) / (1 + gamma(gradient.numel() + 8)), bound, "‖Jᵀv‖")
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("eval"), dtype=WIDE, batch=Integers(1, 9), length=Integers(1, 300),
+        channels=Integers(1, 48), layout=Choice("contiguous", "transposed", "strided"),
+    ),
+    needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
+    evidence="bounded",
+    work=2**15, effort=0.6)  # fmt: skip
+def a_small_fusion_hardly_changes_the_gradient(subject, case):
+    """‖Jᵀv − D v‖ ≤ (Π(1 + ρ_i) − 1) ‖v‖, D the product of the masks behind the residuals.
+
+    Block i is D_i(I + F D W) with ‖F D W‖ ≤ ρ_i. Gradients may well vanish behind a ReLU, but with
+    a small fusion nowhere else. Here |x| lies between 1 and 2, no norm shifts, and no block adds
+    more than 1/1000 of the largest value, so that D is 1 where x > 0. A residual that is missing,
+    scaled, doubled or detached is outside.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    shrink_fusion(blocks, case.rng("weights"), 1e-3)
+    x, v, exact = _with_reference(subject, case, blocks)
+    if exact is None:
+        return
+    gain = stack_gain(read_network(blocks), length=case.length)
+    _, gradient = subject.vjp(model, x, v)
+    off = gradient - torch.where(x > 0, v.to(x), torch.zeros_like(x))
+    bound = gain.departure * _norm(v) + _norm(exact.input_gradient.error)
+    rounding = 1 + gamma(off.numel() + 8) + FORMATS[case.dtype].unit
+    yield at_most(_norm(off) / rounding, bound, "‖Jᵀv - D v‖")
+
+
+def _with_reference(subject, case, blocks):
+    """An input with magnitudes from 1 to 2, a v, and the reference's pass; None if it has none."""
+    values = case.rng("input").uniform(1, 2, case.shape)
+    x = as_input(case, values * case.rng("signs").choice([-1.0, 1.0], case.shape))
+    v = torch.from_numpy(case.rng("gradient").standard_normal(case.shape)).to(x)
+    form = FORMATS[case.dtype]
+    exact = real_pass(
+        read_network(blocks), x.cpu().double().numpy(), v=v.cpu().double().numpy(),
+        train=case.mode == "train", form=form,
+    )  # fmt: skip
+    if exact.kink or not np.isfinite(exact.input_gradient.error).all():
+        return x, v, None
+    return x, v, exact
+
+
+def _norm(values):
+    if torch.is_tensor(values):
+        values = values.detach().cpu().double().numpy()
+    return float(np.linalg.norm(values.astype(np.float64).ravel()))
 
 
 def _gradients(subject, case, factor, passes=1):

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from rescnn_verify.compare import equal, holds, refuses, same_bits, same_tensors
-from rescnn_verify.needs import BATCH_NORM
-from rescnn_verify.probes import normal_input, randomise
+from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
+from rescnn_verify.networks import certify
+from rescnn_verify.probes import as_input, normal_input, randomise
 from rescnn_verify.space import INPUTS, Choice, Integers, Space
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import seed_torch
@@ -154,6 +155,31 @@ def training_is_a_function_of_the_generator(subject, case):
         states.append(_state(model))
     yield same_bits(outputs[1], outputs[0], "second output in train mode from the same generator")
     yield same_tensors(states[1], states[0], "state after training from the same generator")
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("train"), dropout=Choice(0.0), batch=Integers(1, 33), length=Integers(1, 300),
+    ),
+    needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
+    work=2**16, effort=0.6)  # fmt: skip
+def frozen_norms_use_their_statistics(subject, case):
+    """A norm in eval mode normalises with its running statistics, whatever the model's mode.
+
+    Setting every norm of a training model to eval mode is how one fine-tunes on small batches. On a
+    certified integer network the output is then NumPy's of eval mode, and no statistic changes.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    found = certify(blocks, case, bits="forward_bits")
+    if found is None:
+        return
+    for layer in (layer for block in blocks for layer in block.layers):
+        layer.norm.eval()
+    before = _state(model)
+    out = subject(model, as_input(case, found.x))
+    yield same_bits(out, found.expected.out, "output of a training model with frozen norms")
+    yield _same_state(model, before, "after a training call with frozen norms")
 
 
 def _state(model):

@@ -119,7 +119,7 @@ WRONG_SHAPES = (
 
 @statement(
     space=INPUTS.narrow(
-        shape=Choice(*WRONG_SHAPES), batch=Integers(1, 8), length=Integers(1, 64),
+        shape=Choice(*WRONG_SHAPES), batch=Integers(0, 8), length=Integers(1, 64),
         dtype=Choice("float32", "float64"), layout=Choice("contiguous"),
     ),
     needs=(CHECKED_INPUT,), effort=2)  # fmt: skip
@@ -127,7 +127,7 @@ def wrong_rank_or_channels_raise(subject, case):
     """An input of the wrong rank or channel count raises; it never broadcasts.
 
     That includes the unbatched (channels, length), which Conv1d alone accepts, also when it is
-    square and a batch norm would take it for (batch, channels).
+    square and a batch norm would take it for (batch, channels), and it includes empty batches.
     """
     batch, channels, length = case.shape
     shape = {

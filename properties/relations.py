@@ -8,7 +8,7 @@ import torch
 from rescnn_verify.compare import same_bits
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify
-from rescnn_verify.oracles import Block, write_network
+from rescnn_verify.oracles.layers import Block, write_network
 from rescnn_verify.probes import as_input
 from rescnn_verify.space import INPUTS, Choice, Integers
 from rescnn_verify.statement import statement

@@ -16,7 +16,7 @@ from rescnn_verify.compare import (
     same_bits,
     within,
 )
-from rescnn_verify.oracles import Bounded
+from rescnn_verify.oracles.real import Bounded
 
 NAN, INF = math.nan, math.inf
 

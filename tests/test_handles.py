@@ -11,7 +11,7 @@ from rescnn_verify.case import Config
 from rescnn_verify.compare import Falsified
 from rescnn_verify.drawing import NoCase, RandomDraw, draw_config
 from rescnn_verify.handles import contract_handles
-from rescnn_verify.oracles import read_network, write_network
+from rescnn_verify.oracles.layers import read_network, write_network
 from rescnn_verify.space import ARCHITECTURES, Integers
 
 SMALL = ARCHITECTURES.narrow(channels=Integers(1, 24), num_blocks=Integers(1, 4))

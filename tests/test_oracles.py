@@ -13,18 +13,14 @@ import torch
 from torch import nn
 
 from rescnn import ResCNNStack
+from rescnn_verify.bounds.roundoff import SIGNIFICAND_BITS
 from rescnn_verify.case import Case
 from rescnn_verify.compare import within
 from rescnn_verify.handles import contract_handles
 from rescnn_verify.networks import certify, make_real, values_of
-from rescnn_verify.oracles import (
-    SIGNIFICAND_BITS,
-    Block,
-    Layer,
-    exact_pass,
-    read_network,
-    real_pass,
-)
+from rescnn_verify.oracles.integer import exact_pass
+from rescnn_verify.oracles.layers import Block, Layer, read_network
+from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import as_input
 from rescnn_verify.subject import DTYPES, environment
 

@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "Comparison",
     "Falsified",
+    "at_most",
     "attempt",
     "describe",
     "equal",
@@ -133,6 +134,13 @@ def within(got: Tensor, expected: HasBound, what: str) -> Comparison:
         f"{float(exact[place])!r} ± {float(bound[place]):.3g}",
         f"{float(values[place])!r} (error {float(error[place]):.3g})",
     )
+
+
+def at_most(got: float, bound: float, what: str) -> Comparison:
+    """``got ≤ bound``, for a magnitude and a derived bound."""
+    if not got <= bound:
+        raise Falsified(what, f"at most {bound!r}", repr(got))
+    return Comparison(what, got / bound if bound > 0 else 0.0)
 
 
 def attempt(what: str, action: Callable[[], Any]) -> Any:

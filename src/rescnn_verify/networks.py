@@ -7,17 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rescnn_verify.bounds.roundoff import SIGNIFICAND_BITS
 from rescnn_verify.case import Case
 from rescnn_verify.handles import BlockHandles, ConvNorm
-from rescnn_verify.oracles import (
-    SIGNIFICAND_BITS,
-    Block,
-    ExactPass,
-    Layer,
-    exact_pass,
-    read_network,
-    write_network,
-)
+from rescnn_verify.oracles.integer import ExactPass, exact_pass
+from rescnn_verify.oracles.layers import Block, Layer, read_network, write_network
 from rescnn_verify.probes import BIG_VARIANCE, as_input, fill, set_norm
 
 __all__ = ["Certified", "certify", "make_real", "values_of"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from rescnn_verify.case import Case
 from rescnn_verify.handles import BlockHandles, ConvNorm
@@ -21,13 +23,18 @@ __all__ = [
     "make_end_taps",
     "make_positive",
     "normal_input",
+    "own_calls",
     "positions",
     "randomise",
     "reach",
     "set_norm",
+    "shrink_fusion",
     "zero_fusion",
 ]
 
+
+#: Inputs and outputs of modules, call by call.
+Calls = dict[nn.Module, list[tuple[Tensor, Tensor]]]
 
 #: Chunk sizes, or divisors of them, that people write.
 SEAMS = (64, 128, 256, 500, 512, 1000, 1024, 2048)
@@ -127,6 +134,38 @@ def randomise(model: nn.Module, rng: np.random.Generator) -> None:
             fill(parameter, rng.uniform(-width, width, tuple(parameter.shape)))
 
 
+@contextmanager
+def own_calls(
+    modules: Sequence[nn.Module],
+) -> Iterator[dict[nn.Module, list[tuple[Tensor, Tensor]]]]:
+    """Input and output of every call of dense zero-padded convolutions and norms of torch's own.
+
+    Both are copies: an activation behind may work in place. A subclass with a forward pass of its
+    own is left out, and so is a module that runs in train mode.
+    """
+    calls: Calls = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        if not module.training:
+            pair = (inputs[0].detach().clone(), out.detach().clone())
+            calls.setdefault(module, []).append(pair)
+
+    hooks = [module.register_forward_hook(note) for module in modules if _is_plain(module)]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv1d):
+        own = (type(module).forward, type(module)._conv_forward)
+        same = own == (nn.Conv1d.forward, nn.Conv1d._conv_forward)
+        return same and module.padding_mode == "zeros" and module.groups == 1
+    return type(module).forward is _BatchNorm.forward
+
+
 def set_norm(
     norm: _NormBase,
     *,
@@ -152,6 +191,24 @@ def make_positive(blocks: tuple[BlockHandles, ...], rng: np.random.Generator) ->
             fill(layer.conv.weight, rng.uniform(0.5, 1.5, shape) / fan_in)
             _zero_bias(layer)
             set_norm(layer.norm)
+
+
+def shrink_fusion(blocks: tuple[BlockHandles, ...], rng: np.random.Generator, most: float) -> None:
+    """Random weights without shifts; no block adds more than ``most`` times the largest value.
+
+    A sum over branch channels is at most Σ|F||W| times the largest input: the fusion is divided by
+    the largest such sum.
+    """
+    for block in blocks:
+        for layer in block.layers:
+            fill(layer.conv.weight, rng.standard_normal(tuple(layer.conv.weight.shape)))
+            _zero_bias(layer)
+            set_norm(layer.norm)
+        widths = [b.conv.weight.detach().double().abs().sum((1, 2)) for b in block.branches]
+        fusion = block.fusion.conv.weight
+        with torch.no_grad():
+            largest = (fusion.double().abs()[:, :, 0] @ torch.cat(widths)).max()
+            fusion.mul_(float(most / (2 * largest)))
 
 
 def only_branch(blocks: tuple[BlockHandles, ...], index: int) -> None:

@@ -1,0 +1,136 @@
+"""Rounding: in every dtype, outputs and gradients are within derived bounds on round-off."""
+
+import torch
+
+from rescnn_verify.bounds.rounding import Approximation, convolve, normalise
+from rescnn_verify.bounds.roundoff import FORMATS
+from rescnn_verify.compare import within
+from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
+from rescnn_verify.oracles.layers import read_network
+from rescnn_verify.oracles.real import real_pass
+from rescnn_verify.probes import as_input, normal_input, own_calls, randomise
+from rescnn_verify.space import INPUTS, Choice, Integers
+from rescnn_verify.statement import statement
+from rescnn_verify.subject import NotApplicable, onednn
+
+REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT)
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("eval"), dtype=Choice("float32", "bfloat16", "float16"),
+        batch=Integers(1, 17), length=Integers(1, 300), onednn=Choice(True, False),
+    ),
+    needs=REFERENCE,
+    evidence="bounded",
+    work=2**16, effort=0.8)  # fmt: skip
+def outputs_are_within_the_bound(subject, case):
+    """In float32, float16 and bfloat16 the output is within the running error bound.
+
+    The bound is carried through the reference in float64 (`oracles.real`): γ_n Σ|w||v| for every
+    sum of n products, whatever its order, a unit round-off for what is stored. Where the dtype may
+    overflow nothing is claimed.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    randomise(model, case.rng("weights"))
+    x = normal_input(case)
+    exact = _reference(blocks, case, x)
+    if not (exact.out.most < FORMATS[case.dtype].largest).all():
+        return
+    with onednn(case["onednn"]), torch.no_grad():
+        out = subject(model, x)
+    yield within(out, exact.out, f"output in {case.dtype}, against the reference")
+
+
+@statement(
+    space=INPUTS.narrow(
+        dtype=Choice("float32"), dropout=Choice(0.0), batch=Integers(1, 9),
+        length=Integers(1, 200), onednn=Choice(True, False),
+    ),
+    needs=REFERENCE,
+    evidence="bounded",
+    work=2**15, effort=0.8)  # fmt: skip
+def gradients_are_within_the_bound(subject, case):
+    """In float32 Jᵀv is within the running error bound, in either mode.
+
+    Cases in which round-off may switch a ReLU are left out, and so is dropout.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    randomise(model, case.rng("weights"))
+    x, v = normal_input(case), as_input(case, case.rng("gradient").standard_normal(case.shape))
+    exact = _reference(blocks, case, x, v=v.cpu().double().numpy(), train=case.mode == "train")
+    if exact.kink or not (exact.input_gradient.most < FORMATS[case.dtype].largest).all():
+        return
+    with onednn(case["onednn"]):
+        out, gradient = subject.vjp(model, x, v)
+    yield within(out, exact.out, f"output in {case.mode} mode, against the reference")
+    yield within(gradient, exact.input_gradient, "gradient at the input, against the reference")
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("eval"), batch=Integers(1, 9), length=Integers(1, 1100),
+        onednn=Choice(True, False),
+    ),
+    needs=(HANDLES, BATCH_NORM, DIRECT),
+    evidence="bounded",
+    documented=True,
+    work=2**18, effort=0.5)  # fmt: skip
+def each_layer_is_within_its_own_bound(subject, case):
+    """Each convolution and each norm is within the error bound for the input that it really gets.
+
+    End to end such bounds grow with every layer and say little for 512 channels; layer by layer
+    they stay sharp at any size. A layer that is not called as a module, or calculates in a way of
+    its own, is left to the bounds end to end.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    randomise(model, case.rng("weights"))
+    layers = [layer for block in blocks for layer in block.layers]
+    modules = [module for layer in layers for module in (layer.conv, layer.norm)]
+    with own_calls(modules) as calls, onednn(_uses_onednn(case)), torch.no_grad():
+        subject(model, normal_input(case))
+    if not calls:
+        raise NotApplicable("no convolution or norm is called as a module of torch's own")
+    form, rng = FORMATS[case.dtype], case.rng("channels")
+    for place, layer in enumerate(layers):
+        channels = torch.from_numpy(rng.permutation(layer.norm.num_features)[:24].copy())
+        for module, check in ((layer.conv, _convolution), (layer.norm, _norm)):
+            for x, out in calls.get(module, ()):
+                expected = check(form, module, x, channels)
+                if bool(torch.isfinite(expected.bound).all()):
+                    what = f"{type(module).__name__} {place} on its own input"
+                    yield within(out[:, channels], expected, what)
+
+
+def _uses_onednn(case):
+    return dict(case.extra).get("onednn", True)
+
+
+def _convolution(form, conv, x, channels):
+    weight = conv.weight.detach().cpu().double()[channels]
+    bias = None if conv.bias is None else conv.bias.detach().cpu().double()[channels]
+    return convolve(
+        form, _exactly(x), weight, bias,
+        stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
+    )  # fmt: skip
+
+
+def _norm(form, norm, x, channels):
+    values = [
+        tensor.detach().cpu().double()[channels]
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    ]
+    return normalise(form, _exactly(x[:, channels]), *values, norm.eps)
+
+
+def _exactly(x):
+    values = x.cpu().double()
+    return Approximation(values, torch.zeros_like(values))
+
+
+def _reference(blocks, case, x, **options):
+    form = FORMATS[case.dtype]
+    return real_pass(read_network(blocks), x.cpu().double().numpy(), form=form, **options)

@@ -1,0 +1,1 @@
+"""Bounds that are theorems: operator norms, gradient gains and round-off."""

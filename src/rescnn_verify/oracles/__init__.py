@@ -1,0 +1,1 @@
+"""Oracles: the reference architecture computed independently, in NumPy."""

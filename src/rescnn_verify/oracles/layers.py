@@ -1,0 +1,133 @@
+"""A network as plain arrays, and convolution in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rescnn_verify.handles import BlockHandles, ConvNorm
+
+__all__ = [
+    "Array",
+    "Block",
+    "Layer",
+    "apply",
+    "column",
+    "columns_of",
+    "read_network",
+    "rows_of",
+    "transposed",
+    "write_network",
+]
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution with "same" zero padding and the norm behind it.
+
+    Args:
+        weight: shape (out, in, kernel).
+        bias: shape (out,); zero for a convolution without.
+        scale, shift, mean, variance: of the norm, shape (out,).
+        eps: of the norm.
+    """
+
+    weight: Array
+    bias: Array
+    scale: Array
+    shift: Array
+    mean: Array
+    variance: Array
+    eps: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """The layers of one residual block."""
+
+    branches: tuple[Layer, ...]
+    fusion: Layer
+
+
+def write_network(network: Sequence[Block], blocks: Sequence[BlockHandles]) -> None:
+    """Writes a network into a model's parameters and running statistics."""
+    with torch.no_grad():
+        for block, handles in zip(network, blocks, strict=True):
+            for layer, own in zip((*block.branches, block.fusion), handles.layers, strict=True):
+                conv, norm = own.conv, own.norm
+                for tensor, values in (
+                    (conv.weight, layer.weight),
+                    (conv.bias, layer.bias),
+                    (norm.weight, layer.scale),
+                    (norm.bias, layer.shift),
+                    (norm.running_mean, layer.mean),
+                    (norm.running_var, layer.variance),
+                ):
+                    if tensor is not None:
+                        tensor.copy_(torch.from_numpy(values))
+
+
+def read_network(blocks: Sequence[BlockHandles]) -> tuple[Block, ...]:
+    """The network that a model's parameters and running statistics describe, in float64."""
+    return tuple(
+        Block(tuple(_read_layer(b) for b in block.branches), _read_layer(block.fusion))
+        for block in blocks
+    )
+
+
+def _read_layer(layer: ConvNorm) -> Layer:
+    conv, norm = layer.conv, layer.norm
+    bias = np.zeros(conv.weight.shape[0]) if conv.bias is None else _array(conv.bias)
+    assert norm.running_mean is not None and norm.running_var is not None
+    return Layer(
+        _array(conv.weight),
+        bias,
+        _array(norm.weight),
+        _array(norm.bias),
+        _array(norm.running_mean),
+        _array(norm.running_var),
+        norm.eps,
+    )
+
+
+def _array(tensor: Tensor) -> Array:
+    # A copy: the model's own memory goes on changing.
+    values: Array = tensor.detach().cpu().double().numpy().copy()
+    return values
+
+
+def columns_of(x: Array, kernel: int) -> Array:
+    """Zero-padded windows as rows of a matrix, shape (batch · length, channels · kernel)."""
+    batch, channels, length = x.shape
+    side = kernel // 2
+    padded = np.zeros((batch, channels, length + 2 * side), dtype=x.dtype)
+    padded[:, :, side : side + length] = x
+    strides = (padded.strides[0], padded.strides[2], padded.strides[1], padded.strides[2])
+    windows = np.ndarray((batch, length, channels, kernel), x.dtype, padded, strides=strides)
+    return windows.reshape(batch * length, channels * kernel)
+
+
+def apply(columns: Array, weight: Array, batch: int) -> Array:
+    """Windows times weights: shape (batch, out, length)."""
+    out: Array = columns @ weight.reshape(weight.shape[0], -1).T
+    return out.reshape(batch, -1, weight.shape[0]).swapaxes(1, 2)
+
+
+def transposed(weight: Array) -> Array:
+    """The weight whose convolution is the transpose: (out, in, kernel) → (in, out, kernel)."""
+    return np.ascontiguousarray(weight[:, :, ::-1].swapaxes(0, 1))
+
+
+def rows_of(g: Array) -> Array:
+    """(batch, out, length) → (out, batch · length)."""
+    return g.swapaxes(0, 1).reshape(g.shape[1], -1)
+
+
+def column(values: Array) -> Array:
+    return values[None, :, None]
