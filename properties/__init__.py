@@ -20,4 +20,6 @@ FAMILIES = (
     "dropout",
     "state",
     "rounding",
+    "transforms",
+    "devices",
 )

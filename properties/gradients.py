@@ -257,6 +257,41 @@ def finite_differences_are_exact(subject, case):
         yield equal(float(shift_gradient[channel]), expected, f"gradient of shift {channel}")
 
 
+@statement(space=SMALL, effort=0.5)
+def passes_under_way_keep_apart(subject, case):
+    """Two forward passes before the first backward have the gradients that each has alone.
+
+    That is how siamese losses and gradient penalties are computed. What a pass leaves for its
+    backward belongs to that pass. Bitwise, because shapes and generator states are the same.
+    """
+    inputs = [normal_input(case, f"input {i}") for i in range(2)]
+    v = torch.from_numpy(case.rng("gradient").standard_normal(subject.output_shape(case)))
+
+    def forward(model, i):
+        leaf = inputs[i].detach().clone().requires_grad_()
+        seed_torch(case.seed + i)
+        return leaf, subject(model, leaf)
+
+    def prepared():
+        model = subject.model(case)
+        randomise(model, case.rng("weights"))
+        return model
+
+    alone = []
+    for i in range(2):
+        leaf, out = forward(prepared(), i)
+        subject.backward(out, v.to(out))
+        alone.append(leaf.grad)
+    model = prepared()
+    passes = [forward(model, i) for i in range(2)]
+    for i in case.rng("order").permutation(2).tolist():
+        leaf, out = passes[i]
+        subject.backward(out, v.to(out))
+        if leaf.grad is None or alone[i] is None:
+            raise Falsified("gradient at the input", "a tensor", "None")
+        yield same_bits(leaf.grad, alone[i], f"gradient of pass {i}, against that pass alone")
+
+
 @statement(
     space=INPUTS.narrow(
         dtype=WIDE, batch=Integers(1, 5), length=Integers(1, 80), channels=Integers(1, 24),

@@ -8,10 +8,10 @@ import torch
 from rescnn_verify.compare import equal, holds, refuses, same_bits, same_tensors
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify
-from rescnn_verify.probes import as_input, normal_input, randomise
+from rescnn_verify.probes import as_input, called_within, normal_input, randomise
 from rescnn_verify.space import INPUTS, Choice, Integers, Space
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import seed_torch
+from rescnn_verify.subject import NotApplicable, seed_torch
 
 FORWARD = INPUTS.narrow(batch=Integers(1, 33), length=Integers(1, 600))
 EVAL = FORWARD.narrow(mode=Choice("eval"))
@@ -32,6 +32,30 @@ def eval_is_deterministic(subject, case):
     second = subject(model, x)
     yield same_bits(second, first, "second output in eval mode")
     yield _same_state(model, buffers, "after two calls in eval mode")
+
+
+@statement(space=EVAL.narrow(recording=Choice(False, True)), effort=0.5)
+def a_call_within_a_call_leaves_it_alone(subject, case):
+    """In eval mode a call that is made while another one is under way changes neither.
+
+    So threads can share a model, as they do when it is served. The inner call comes from a hook on
+    some submodule, so it comes at the same place every time; a model that calls none of its
+    submodules is out of reach.
+    """
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    x, y = normal_input(case), normal_input(case, "another input")
+    with torch.set_grad_enabled(case["recording"]):
+        alone = subject(model, x), subject(model, y)
+        with called_within(model, lambda: None, after=-1) as noted:
+            subject(model, x)
+        if not noted:
+            raise NotApplicable("the model calls none of its submodules")
+        place = int(case.rng("place").integers(len(noted)))
+        with called_within(model, lambda: subject(model, y), after=place) as noted:
+            outer = subject(model, x)
+    yield same_bits(outer, alone[0], "output of a call with another one within")
+    yield same_bits(noted[place], alone[1], "output of a call within another one")
 
 
 @statement(space=EVAL.narrow(shapes=Integers(1, 3)), effort=0.5)

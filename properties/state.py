@@ -164,6 +164,32 @@ def a_pickled_model_is_the_same_function(subject, case):
     yield from _same_function(subject, case, _through_pickle)
 
 
+@statement(
+    space=Space(dtype=Choice("float32"), seed=INPUTS.get("seed"), way=Choice("deepcopy", "pickle")),
+    effort=0.4,
+)
+def a_copy_keeps_what_is_frozen(subject, case):
+    """A deep copy or pickle has the same parameters frozen and the same submodules in eval mode."""
+    model = subject.model(case)
+    rng = case.rng("frozen")
+    for parameter in model.parameters():
+        parameter.requires_grad_(bool(rng.integers(2)))
+    for module in model.modules():
+        module.training = bool(rng.integers(2))
+    way = {"deepcopy": _through_deepcopy, "pickle": _through_pickle}[case["way"]]
+    other = way(subject, model, case)
+    yield equal(_frozen(other), _frozen(model), "frozen parameters of the copy")
+    yield equal(_training(other), _training(model), "submodules of the copy in train mode")
+
+
+def _frozen(model):
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+def _training(model):
+    return [name for name, module in model.named_modules() if module.training]
+
+
 def _same_function(subject, case, way):
     model = subject.model(case)
     randomise(model, case.rng("weights"))

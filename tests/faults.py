@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rescnn_verify.drawing import RandomDraw, draw_trial
-from rescnn_verify.engine import FALSIFIED, HELD, NOT_APPLICABLE, PROFILES, Outcome, check_property
+from rescnn_verify.engine import FALSIFIED, PROFILES, QUIET, Outcome, check_property
 from rescnn_verify.space import ARCHITECTURES, INPUTS
 from rescnn_verify.statement import all_properties
 from rescnn_verify.target import contract_target
@@ -141,7 +141,7 @@ def _report_right(names, results) -> list[str]:
     print(f"\n{'right implementation':34}{'cases':>8}{'assertions':>12}")
     for name in names:
         for seed, outcomes in results[name].items():
-            accused = [o for o in outcomes if o.verdict not in (HELD, NOT_APPLICABLE)]
+            accused = [o for o in outcomes if o.verdict not in QUIET]
             cases, assertions = sum(o.cases for o in outcomes), sum(o.assertions for o in outcomes)
             print(f"{name:34}{cases:>8}{assertions:>12}  {hows[name]}")
             for o in accused:
@@ -157,7 +157,7 @@ def _broken(name, seed, outcomes) -> list[str]:
     return [
         f"{name} (seed {seed}): {o.name}: {o.verdict}: {o.reason}"
         for o in outcomes
-        if o.verdict not in (HELD, NOT_APPLICABLE, FALSIFIED)
+        if o.verdict not in {*QUIET, FALSIFIED}
     ]
 
 

@@ -14,7 +14,7 @@ from rescnn_verify.statement import Property, all_properties, find_property
 from rescnn_verify.target import load
 from rescnn_verify.workers import workers
 
-__all__ = ["Plan", "SelectionError", "check_unit", "run_plan", "select"]
+__all__ = ["Plan", "SelectionError", "Unit", "check_unit", "run_plan", "select"]
 
 
 class SelectionError(ValueError):
@@ -30,7 +30,7 @@ class Plan:
         properties: names of the properties.
         profile: a name in `PROFILES`.
         seed: the whole run is a function of it.
-        device: ``"cpu"`` or ``"cuda"``.
+        devices: ``"cpu"``, ``"cuda"`` or both.
         stop_early: stop at the first falsified property.
     """
 
@@ -38,8 +38,26 @@ class Plan:
     properties: tuple[str, ...]
     profile: str = "default"
     seed: int = 0
-    device: str = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
     stop_early: bool = False
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """Each property on each device; what takes no input needs no second device."""
+        found = [Unit(name, device) for name in self.properties for device in self.devices]
+        return tuple(u for u in found if u.device == self.devices[0] or u.uses_device)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A property on a device: what is handed to a worker."""
+
+    name: str
+    device: str
+
+    @property
+    def uses_device(self) -> bool:
+        return find_property(self.name).space.get("device") is not None
 
 
 def select(expression: str | None) -> tuple[Property, ...]:
@@ -91,12 +109,12 @@ def run_plan(plan: Plan, executor: Executor | None) -> Iterator[Outcome]:
 
 def _outcomes(plan: Plan, executor: Executor | None) -> Iterator[Outcome]:
     if executor is None:
-        yield from (check_unit(plan, name) for name in plan.properties)
+        yield from (check_unit(plan, unit) for unit in plan.units)
         return
-    futures: dict[Future[Outcome], str] = {
-        executor.submit(check_unit, plan, name): name for name in plan.properties
+    futures: dict[Future[Outcome], Unit] = {
+        executor.submit(check_unit, plan, unit): unit for unit in plan.units
     }
-    interrupted: list[str] = []
+    interrupted: list[Unit] = []
     try:
         for future in as_completed(futures):
             try:
@@ -109,17 +127,18 @@ def _outcomes(plan: Plan, executor: Executor | None) -> Iterator[Outcome]:
     yield from _one_by_one(plan, interrupted)
 
 
-def _one_by_one(plan: Plan, names: Sequence[str]) -> Iterator[Outcome]:
+def _one_by_one(plan: Plan, units: Sequence[Unit]) -> Iterator[Outcome]:
     """Each property in a process of its own, after one of them ended a shared process."""
-    for name in names:
+    for unit in units:
         with workers(1) as executor:
             try:
-                yield executor.submit(check_unit, plan, name).result()
+                yield executor.submit(check_unit, plan, unit).result()
             except BrokenProcessPool:
                 yield Outcome(
-                    name=name,
+                    name=unit.name,
                     verdict=FALSIFIED,
                     evidence="exact",
+                    device=unit.device,
                     reason="the process ended while this property ran",
                     what="the process that runs the target",
                     expected="it returns",
@@ -127,14 +146,14 @@ def _one_by_one(plan: Plan, names: Sequence[str]) -> Iterator[Outcome]:
                 )
 
 
-def check_unit(plan: Plan, name: str) -> Outcome:
-    """One property of a plan; the unit of work that an executor runs."""
+def check_unit(plan: Plan, unit: Unit) -> Outcome:
+    """Runs one unit of a plan."""
     return check_property(
-        find_property(name),
+        find_property(unit.name),
         _load(plan.target),
         profile=PROFILES[plan.profile],
         seed=plan.seed,
-        device=plan.device,
+        device=unit.device,
     )
 
 

@@ -48,10 +48,13 @@ def main() -> None:
 )
 @click.option(
     "--device",
-    type=click.Choice(["cpu", "cuda"]),
+    type=click.Choice(["cpu", "cuda", "all"]),
     default="cpu",
     show_default=True,
     help="Where the models run.",
+)
+@click.option(
+    "--require-cuda", is_flag=True, help="Exit with 2 unless there is a CUDA device to run on."
 )
 @click.option(
     "-k",
@@ -93,6 +96,7 @@ def check(
     target: str,
     profile: str,
     device: str,
+    require_cuda: bool,
     expression: str | None,
     count: int | None,
     stop_early: bool,
@@ -118,12 +122,14 @@ def check(
             names = tuple(p.name for p in campaign.select(expression))
         except (TargetError, campaign.SelectionError) as error:
             _fail(str(error))
-        _require_device(device)
-        plan = campaign.Plan(target, names, profile, seed, device, stop_early)
+        if require_cuda or device == "cuda":
+            _require_cuda("--require-cuda" if require_cuda else "--device cuda")
+        devices = ("cpu", "cuda") if device == "all" else (device,)
+        plan = campaign.Plan(target, names, profile, seed, devices, stop_early)
         outcomes: list[Outcome] = []
         interrupted = False
         try:
-            with _progress(len(names)) as advance:
+            with _progress(len(plan.units)) as advance:
                 for outcome in campaign.run_plan(plan, executor):
                     outcomes.append(outcome)
                     advance(outcome)
@@ -131,12 +137,12 @@ def check(
             interrupted = True
             for worker in multiprocessing.active_children():
                 worker.kill()  # it may hang in the target's code
-    outcomes.sort(key=lambda outcome: names.index(outcome.name))
+    outcomes.sort(key=lambda outcome: (names.index(outcome.name), outcome.device))
     written = {}
     try:
         for outcome in outcomes:
             if witness := report.witness_of(outcome, target):
-                written[outcome.name] = witness.write(witnesses)
+                written[outcome.name, outcome.device] = witness.write(witnesses)
     except OSError as error:
         click.echo(f"warning: cannot write witnesses to {witnesses}: {error.strerror}", err=True)
     seconds = time.perf_counter() - start
@@ -147,8 +153,8 @@ def check(
         except OSError as error:
             _fail(f"--json {json_file}: {error.strerror}")
     if interrupted:
-        _fail(f"interrupted after {len(outcomes)} of {len(names)} properties")
-    sys.exit(report.exit_code(report.verdict_of(outcomes, len(names))))
+        _fail(f"interrupted after {len(outcomes)} of {len(plan.units)} properties")
+    sys.exit(report.exit_code(report.verdict_of(outcomes, len(plan.units))))
 
 
 @main.command()
@@ -232,11 +238,11 @@ def _progress(total: int) -> Iterator[Callable[[Outcome], None]]:
         yield advance
 
 
-def _require_device(device: str) -> None:
+def _require_cuda(option: str) -> None:
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        _fail("--device cuda: this machine has no CUDA device that torch can use")
+    if not torch.cuda.is_available():
+        _fail(f"{option}: this machine has no CUDA device that torch can use")
 
 
 def _fail(message: str) -> NoReturn:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import Flaky, Unsatisfiable
@@ -17,7 +18,7 @@ from rescnn_verify.case import Case
 from rescnn_verify.compare import Falsified
 from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
 from rescnn_verify.shrinking import shrink
-from rescnn_verify.space import Choice, Space, SpaceError
+from rescnn_verify.space import Choice, Space, SpaceError, every_case
 from rescnn_verify.statement import Property
 from rescnn_verify.strategies import trials
 from rescnn_verify.subject import environment
@@ -35,22 +36,28 @@ class Profile:
         sampled: trials sampled uniformly for each property; a trial has up to four cases.
         drawn: trials drawn by Hypothesis.
         shrinking: seconds spent on making a counterexample smaller.
+        slow: whether slow properties run, and exhaustive ones over every case of their space.
     """
 
     sampled: int
     drawn: int
     shrinking: float
+    slow: bool = False
 
 
 PROFILES = {
     "quick": Profile(sampled=8, drawn=2, shrinking=1.0),
     "default": Profile(sampled=60, drawn=4, shrinking=2.0),
-    "thorough": Profile(sampled=1000, drawn=150, shrinking=20.0),
+    "thorough": Profile(sampled=1000, drawn=150, shrinking=20.0, slow=True),
 }
 
 HELD, FALSIFIED, NOT_APPLICABLE = "held", "falsified", "not applicable"
+NOT_RUN = "not run"
 NOTHING_ASSERTED, INTERNAL_ERROR = "nothing asserted", "internal error"
 BAD_TARGET = "bad target"
+
+#: The verdicts that raise no alarm.
+QUIET = frozenset({HELD, NOT_APPLICABLE, NOT_RUN})
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,13 @@ class Outcome:
 
     Args:
         name: the property.
-        verdict: held, falsified, not applicable, nothing asserted, bad target (its description
-            contradicts itself), or internal error.
-        evidence: exact, bounded or statistical.
+        verdict: held, falsified, not applicable, not run (no device, or too slow for the profile),
+            nothing asserted, bad target (its description contradicts itself), or internal error.
+        evidence: exact, bounded, statistical, or exhausted over a space.
+        device: ``"cpu"`` or ``"cuda"``.
         cases, assertions, architectures: how many were run, made, seen; shrinking not counted.
         seconds: of this property.
-        reason: why it is not applicable, or the traceback of an internal error.
+        reason: why it is not applicable or not run, or the traceback of an internal error.
         worst_ratio: the worst error over its bound, for a bounded property.
         trial: the cases of the smallest counterexample, the last one falsifying.
         what, expected, got: the comparison that failed.
@@ -73,6 +81,7 @@ class Outcome:
     name: str
     verdict: str
     evidence: str
+    device: str = "cpu"
     cases: int = 0
     assertions: int = 0
     architectures: int = 0
@@ -100,12 +109,14 @@ def check_property(
     """
     start = time.perf_counter()
     tally = Tally()
+    exhausting = prop.exhaustive and profile.slow
 
     def outcome(verdict: str, **rest: Any) -> Outcome:
         return Outcome(
             name=prop.name,
             verdict=verdict,
-            evidence=prop.evidence,
+            evidence=f"exhausted over {tally.cases} cases" if exhausting else prop.evidence,
+            device=device,
             cases=tally.cases,
             assertions=tally.assertions,
             architectures=len(tally.architectures),
@@ -116,6 +127,10 @@ def check_property(
 
     if reason := prop.missing(target):
         return outcome(NOT_APPLICABLE, reason=reason)
+    if device == "cuda" and not torch.cuda.is_available():
+        return outcome(NOT_RUN, reason="no device")
+    if prop.slow and not profile.slow:
+        return outcome(NOT_RUN, reason="slow: --profile thorough runs it")
     space = prop.space_for(target)
     try:
         if space.get("device"):
@@ -198,6 +213,10 @@ def _first_failure(
         suppress_health_check=list(HealthCheck),
     )(given(trials(space, work=prop.work))(examine))
     try:
+        if prop.exhaustive and profile.slow:
+            for case in every_case(space):
+                examine((case,))
+            return None
         if prop.documented and target.follows_contract:
             examine((documented_case(target, space),))
         draw = RandomDraw(seed)

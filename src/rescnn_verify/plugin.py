@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from rescnn_verify.campaign import Unit
     from rescnn_verify.statement import Property
     from rescnn_verify.target import Target
 
@@ -35,7 +36,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how long to search",
     )
     group.addoption("--verify-seed", type=int, default=0, help="another seed tries other cases")
-    group.addoption("--verify-device", choices=("cpu", "cuda"), default="cpu")
+    group.addoption(
+        "--verify-device",
+        choices=("cpu", "cuda", "all"),
+        default="cpu",
+        help="where the models run; without a CUDA device its checks are skipped as not run",
+    )
+    group.addoption(
+        "--verify-require-cuda", action="store_true", help="fail unless there is a CUDA device"
+    )
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -64,6 +73,9 @@ class PropertyFile(pytest.File):
     """A module of the properties folder."""
 
     def collect(self) -> Iterator[pytest.Item]:
+        import torch
+
+        from rescnn_verify.campaign import Plan
         from rescnn_verify.statement import all_properties
         from rescnn_verify.target import TargetError
 
@@ -71,19 +83,30 @@ class PropertyFile(pytest.File):
             _target(self.config)
         except TargetError as error:
             pytest.exit(f"--target: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+        if self.config.getoption("--verify-require-cuda") and not torch.cuda.is_available():
+            pytest.exit("--verify-require-cuda: no CUDA device", pytest.ExitCode.USAGE_ERROR)
 
-        for prop in all_properties():
-            if prop.family == self.path.stem:
-                name = prop.name.partition(".")[2]
-                yield PropertyItem.from_parent(self, name=name, prop=prop)
+        properties = tuple(p.name for p in all_properties() if p.family == self.path.stem)
+        chosen = self.config.getoption("--verify-device")
+        devices = ("cpu", "cuda") if chosen == "all" else (chosen,)
+        for unit in Plan(self.config.getoption("--target"), properties, devices=devices).units:
+            name = unit.name.partition(".")[2]
+            suffix = f"[{unit.device}]" if len(devices) > 1 else ""
+            yield PropertyItem.from_parent(self, name=name + suffix, unit=unit)
 
 
 class PropertyItem(pytest.Item):
     """One property, checked against the target of the command line."""
 
-    def __init__(self, *, prop: Property, **rest: Any) -> None:
+    def __init__(self, *, unit: Unit, **rest: Any) -> None:
         super().__init__(**rest)
-        self.prop = prop
+        self.unit = unit
+
+    @property
+    def prop(self) -> Property:
+        from rescnn_verify.statement import find_property
+
+        return find_property(self.unit.name)
 
     def runtest(self) -> None:
         from rescnn_verify import engine
@@ -93,10 +116,10 @@ class PropertyItem(pytest.Item):
             _target(self.config),
             profile=engine.PROFILES[self.config.getoption("--verify-profile")],
             seed=self.config.getoption("--verify-seed"),
-            device=self.config.getoption("--verify-device"),
+            device=self.unit.device,
         )
-        if outcome.verdict == engine.NOT_APPLICABLE:
-            pytest.skip(f"not applicable: {outcome.reason}")
+        if outcome.verdict in (engine.NOT_APPLICABLE, engine.NOT_RUN):
+            pytest.skip(f"{outcome.verdict}: {outcome.reason}")
         if outcome.verdict != engine.HELD:
             raise _NotHeld(outcome)
 

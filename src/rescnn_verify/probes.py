@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from rescnn_verify.subject import DTYPES
 
 __all__ = [
     "as_input",
+    "called_within",
     "exact_norm",
     "fill",
     "impulse_rows",
@@ -153,6 +155,35 @@ def own_calls(
     hooks = [module.register_forward_hook(note) for module in modules if _is_plain(module)]
     try:
         yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def called_within(
+    model: nn.Module, action: Callable[[], Tensor | None], *, after: int
+) -> Iterator[list[Tensor | None]]:
+    """Calls ``action`` right after the given call of a submodule without children, counted from 0.
+
+    Yields:
+        A list to which every such call adds an item: None, or what ``action`` returned.
+    """
+    noted: list[Tensor | None] = []
+    busy = False
+
+    def note(*_: Any) -> None:
+        nonlocal busy
+        if busy:
+            return
+        busy = True
+        noted.append(action() if len(noted) == after else None)
+        busy = False
+
+    leaves = [module for module in model.modules() if not module._modules and module is not model]
+    hooks = [module.register_forward_hook(note) for module in leaves]
+    try:
+        yield noted
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from rescnn_verify.campaign import Plan
-from rescnn_verify.engine import FALSIFIED, HELD, INTERNAL_ERROR, NOT_APPLICABLE, Outcome
+from rescnn_verify.engine import (
+    FALSIFIED,
+    HELD,
+    INTERNAL_ERROR,
+    NOT_APPLICABLE,
+    NOT_RUN,
+    QUIET,
+    Outcome,
+)
 from rescnn_verify.witness import Witness, versions
 
 __all__ = [
@@ -34,7 +42,10 @@ __all__ = [
 ]
 
 COULD_NOT_RUN = "could not run"
-STYLES = {HELD: "green", FALSIFIED: "bold red", NOT_APPLICABLE: "dim"}
+STYLES = {HELD: "green", FALSIFIED: "bold red", NOT_APPLICABLE: "dim", NOT_RUN: "dim"}
+
+#: The witness of each falsified property on each device.
+Written = Mapping[tuple[str, str], Path]
 
 
 def verdict_of(outcomes: Sequence[Outcome], planned: int) -> str:
@@ -49,7 +60,7 @@ def verdict_of(outcomes: Sequence[Outcome], planned: int) -> str:
         return FALSIFIED
     if len(outcomes) < planned:
         return COULD_NOT_RUN
-    return HELD if HELD in verdicts and verdicts <= {HELD, NOT_APPLICABLE} else COULD_NOT_RUN
+    return HELD if HELD in verdicts and verdicts <= QUIET else COULD_NOT_RUN
 
 
 def exit_code(verdict: str) -> int:
@@ -64,32 +75,40 @@ def witness_of(outcome: Outcome, target: str) -> Witness | None:
     return Witness(outcome.name, target, outcome.trial, outcome.what, outcome.expected, outcome.got)
 
 
-def environment_of(device: str) -> dict[str, Any]:
+def environment_of(devices: Sequence[str]) -> dict[str, Any]:
     """What the results depend on besides the target."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     return {
         **versions(),
         "platform": platform.platform(),
-        "device": device,
-        "device name": name or platform.machine(),
+        "devices": {device: _device_name(device) for device in devices},
         "threads per worker": 1,
         "cores": os.cpu_count(),
     }
 
 
+def _witness(outcome: Outcome, witnesses: Written) -> Path | None:
+    return witnesses.get((outcome.name, outcome.device))
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+
+
 def to_json(
-    plan: Plan, outcomes: Sequence[Outcome], seconds: float, witnesses: dict[str, Path]
+    plan: Plan, outcomes: Sequence[Outcome], seconds: float, witnesses: Written
 ) -> dict[str, Any]:
     """The run as a JSON object."""
     return {
         "target": plan.target,
-        "verdict": verdict_of(outcomes, len(plan.properties)),
-        "not run": len(plan.properties) - len(outcomes),
+        "verdict": verdict_of(outcomes, len(plan.units)),
+        "not reached": len(plan.units) - len(outcomes),
         "profile": plan.profile,
         "seed": plan.seed,
         "seconds": round(seconds, 3),
-        "environment": environment_of(plan.device),
-        "properties": [_outcome_json(o, plan.target, witnesses.get(o.name)) for o in outcomes],
+        "environment": environment_of(plan.devices),
+        "properties": [_outcome_json(o, plan.target, _witness(o, witnesses)) for o in outcomes],
     }
 
 
@@ -108,6 +127,7 @@ def _outcome_json(outcome: Outcome, target: str, path: Path | None) -> dict[str,
         }
     return {
         "name": outcome.name,
+        "device": outcome.device,
         "verdict": outcome.verdict,
         "evidence": outcome.evidence,
         "cases": outcome.cases,
@@ -125,7 +145,7 @@ def print_report(
     plan: Plan,
     outcomes: Sequence[Outcome],
     seconds: float,
-    witnesses: dict[str, Path],
+    witnesses: Written,
 ) -> None:
     """The table of properties, every falsification, and the verdict."""
     title = f"rescnn-verify check {escape(plan.target)}"
@@ -136,9 +156,11 @@ def print_report(
     for heading in ("cases", "assertions", "s"):
         table.add_column(heading, justify="right")
     for outcome in outcomes:
+        if outcome.verdict == NOT_RUN:
+            continue  # counted in the summary
         style = STYLES.get(outcome.verdict, "bold yellow")
         table.add_row(
-            outcome.name,
+            outcome.name if len(plan.devices) == 1 else f"{outcome.name} ({outcome.device})",
             f"[{style}]{outcome.verdict}[/]",
             _evidence(outcome),
             str(outcome.cases),
@@ -148,8 +170,8 @@ def print_report(
     console.print(table)
     for outcome in outcomes:
         if outcome.verdict == FALSIFIED:
-            _print_falsified(console, outcome, plan.target, witnesses.get(outcome.name))
-        elif outcome.verdict not in (HELD, NOT_APPLICABLE):
+            _print_falsified(console, outcome, plan.target, _witness(outcome, witnesses))
+        elif outcome.verdict not in QUIET:
             _print(console, f"\n[bold yellow]{outcome.verdict}[/]: {outcome.name}")
             _print(console, escape(outcome.reason or ""))
     _print(console, _summary(plan, outcomes, seconds))
@@ -193,17 +215,19 @@ def _evidence(outcome: Outcome) -> str:
 
 
 def _summary(plan: Plan, outcomes: Sequence[Outcome], seconds: float) -> str:
-    counts = Counter(outcome.verdict for outcome in outcomes)
-    if missing := len(plan.properties) - len(outcomes):
-        counts["not run"] = missing
+    counts = Counter(
+        f"{NOT_RUN} ({o.reason})" if o.verdict == NOT_RUN else o.verdict for o in outcomes
+    )
+    if missing := len(plan.units) - len(outcomes):
+        counts["not reached"] = missing
     parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     cases = sum(outcome.cases for outcome in outcomes)
     assertions = sum(outcome.assertions for outcome in outcomes)
-    verdict = verdict_of(outcomes, len(plan.properties))
+    verdict = verdict_of(outcomes, len(plan.units))
     style = STYLES.get(verdict, "bold yellow")
     return (
         f"\n[{style}]{verdict}[/]: {parts}; sampled {cases} cases, {assertions} assertions, "
-        f"{seconds:.1f} s (profile {plan.profile}, seed {plan.seed}, {plan.device})"
+        f"{seconds:.1f} s (profile {plan.profile}, seed {plan.seed}, {' and '.join(plan.devices)})"
     )
 
 

@@ -50,6 +50,8 @@ class Property:
         work: most multiply-adds that a forward pass of one case may cost.
         effort: how many times a profile's number of trials; cheap ones afford more, and what
             would take longest gets by with fewer.
+        slow: whether only the thorough profile runs it.
+        exhaustive: whether the thorough profile runs every case of its space.
     """
 
     check: Check
@@ -59,6 +61,8 @@ class Property:
     documented: bool
     work: int
     effort: float
+    slow: bool
+    exhaustive: bool
 
     @property
     def family(self) -> str:
@@ -101,11 +105,13 @@ def statement(
     documented: bool = False,
     work: int = WORK,
     effort: float = 1.0,
+    slow: bool = False,
+    exhaustive: bool = False,
 ) -> Callable[[Check], Property]:
     """Makes a generator function of (subject, case) a `Property`, its docstring the statement."""
 
     def wrap(check: Check) -> Property:
-        return Property(check, space, needs, evidence, documented, work, effort)
+        return Property(check, space, needs, evidence, documented, work, effort, slow, exhaustive)
 
     return wrap
 

@@ -21,11 +21,14 @@ from rescnn_verify.target import Target, TargetError
 __all__ = [
     "DTYPES",
     "NotApplicable",
+    "NothingCompiledError",
     "Subject",
+    "compiled",
     "environment",
     "onednn",
     "seed_everything",
     "seed_torch",
+    "tf32",
 ]
 
 DTYPES = {
@@ -38,6 +41,10 @@ DTYPES = {
 
 class NotApplicable(Exception):
     """The target does not support what a property needs, which only running it could tell."""
+
+
+class NothingCompiledError(RuntimeError):
+    """A compiler compiled nothing."""
 
 
 class Subject:
@@ -173,6 +180,33 @@ def onednn(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.mkldnn.enabled = before
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Lets convolutions on CUDA round their float32 operands to TF32."""
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=True
+    ):
+        yield
+
+
+@contextmanager
+def compiled(model: nn.Module) -> Iterator[nn.Module]:
+    """A model under `torch.compile`, in this process and without what was compiled before.
+
+    Raises:
+        NothingCompiledError: at the end, if there is no graph: dynamo then ran the model as it is.
+    """
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    counters.clear()
+    with config.patch(compile_threads=1):
+        yield torch.compile(model)  # type: ignore[misc]
+    if not counters["stats"]["unique_graphs"]:
+        raise NothingCompiledError("torch.compile compiled no graph; nothing was compared")
 
 
 @contextmanager

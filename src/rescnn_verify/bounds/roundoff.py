@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FLOAT64", "FORMATS", "SIGNIFICAND_BITS", "UNIT", "Format", "gamma"]
+__all__ = ["FLOAT64", "FORMATS", "SIGNIFICAND_BITS", "TF32", "UNIT", "Format", "gamma"]
 
 #: Bits of the significand, the hidden one included: integers up to 2^p are exact.
 SIGNIFICAND_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
@@ -73,3 +73,6 @@ FORMATS = {
         "bfloat16", UNIT["bfloat16"], UNIT["float32"], 2.0**-126, 2.0**127, np.float64
     ),
 }
+
+#: float32 whose convolutions round their operands to 11 significant bits.
+TF32 = Format("float32", UNIT["float16"], UNIT["float32"], 2.0**-126, 2.0**127, np.float64)

@@ -1,0 +1,129 @@
+"""Transforms: what torch makes of a model is the same function, within derived bounds."""
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from rescnn_verify.bounds.roundoff import FORMATS
+from rescnn_verify.compare import describe, within
+from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
+from rescnn_verify.oracles.layers import read_network
+from rescnn_verify.oracles.real import real_pass
+from rescnn_verify.probes import fill, normal_input, randomise
+from rescnn_verify.space import INPUTS, Choice, Integers
+from rescnn_verify.statement import statement
+from rescnn_verify.subject import NotApplicable, NothingCompiledError, compiled, seed_torch
+
+REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT)
+EVAL = INPUTS.narrow(
+    mode=Choice("eval"), batch=Integers(1, 5), length=Integers(1, 100),
+    dtype=Choice("float32", "float64"),
+)  # fmt: skip
+
+
+@statement(space=EVAL, needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4)
+def vmap_over_the_batch_is_the_same_function(subject, case):
+    """`torch.vmap` over the rows in eval mode is within the error bound of the reference.
+
+    It is what per-sample gradients and ensembles are made with. (In train mode a batch norm's
+    update in place cannot be mapped.)
+    """
+
+    def mapped(model, x):
+        return torch.vmap(lambda row: subject.target.call(model, row[None])[0])(x)
+
+    yield from _same_function(subject, case, mapped, "vmap")
+
+
+@statement(
+    space=EVAL.narrow(dtype=Choice("float32")), needs=REFERENCE, evidence="bounded", work=2**15,
+    effort=0.4,
+)  # fmt: skip
+def autocast_is_the_same_function(subject, case):
+    """Under `torch.autocast` to bfloat16 the output is within bfloat16's error bound."""
+
+    def cast(model, x):
+        with torch.autocast(case.device, torch.bfloat16):
+            return subject.target.call(model, x)
+
+    yield from _same_function(subject, case, cast, "autocast", FORMATS["bfloat16"])
+
+
+@statement(space=EVAL, needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4)
+def folded_norms_are_the_same_function(subject, case):
+    """With its norms folded into the convolutions a model is within the same error bound.
+
+    The folded weights are written into the model, whose norms are left to do nothing.
+    """
+
+    def folded(model, x):
+        for block in subject.handles(model, case):
+            for layer in block.layers:
+                _fold(layer.conv, layer.norm)
+        return subject.target.call(model, x)
+
+    yield from _same_function(subject, case, folded, "folding the norms")
+
+
+@statement(space=EVAL, needs=REFERENCE, evidence="bounded", work=2**15, effort=0.02, slow=True)
+def export_is_the_same_function(subject, case):
+    """What `torch.export` makes of a model is within the error bound, on other data, too."""
+
+    def exported(model, x):
+        return torch.export.export(model, (torch.zeros_like(x),)).module()(x)
+
+    yield from _same_function(subject, case, exported, "torch.export")
+
+
+@statement(
+    space=EVAL.narrow(num_blocks=Integers(1, 2), length=Integers(1, 40)), needs=REFERENCE,
+    evidence="bounded", work=2**13, effort=0.01, slow=True,
+)  # fmt: skip
+def compile_is_the_same_function(subject, case):
+    """What `torch.compile` makes of a model is within the error bound.
+
+    Dynamo starts afresh for every model, because it gives up compiling after a few; a run in which
+    it compiled nothing has failed, as it would only have compared the model with itself.
+    """
+
+    def run(model, x):
+        with compiled(model) as fast:
+            return subject.target.call(fast, x)
+
+    yield from _same_function(subject, case, run, "torch.compile")
+
+
+def _same_function(subject, case, transformed, name, form=None):
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    randomise(model, case.rng("weights"))
+    x = normal_input(case)
+    network = read_network(blocks)
+    expected = real_pass(network, x.cpu().double().numpy(), form=form or FORMATS[case.dtype])
+    seed_torch(case.seed)
+    try:
+        with torch.no_grad():
+            out = transformed(model, x)
+    except NothingCompiledError:
+        raise
+    except Exception as error:
+        raise NotApplicable(f"the target does not support {name}: {describe(error)}") from error
+    yield within(out, expected.out, f"output under {name}, against the reference")
+
+
+def _fold(conv, norm):
+    """Folds a norm into its convolution; a shift stays in the norm if there is no bias for it."""
+    bias = conv.bias if conv.bias is not None else torch.zeros_like(norm.running_mean)
+    weight, shift = fuse_conv_bn_weights(
+        conv.weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    with torch.no_grad():
+        conv.weight.copy_(weight)
+        norm.bias.copy_(shift)
+        if conv.bias is not None:
+            conv.bias.copy_(shift)
+            norm.bias.zero_()
+        nn.init.zeros_(norm.running_mean)
+        nn.init.ones_(norm.running_var)
+    fill(norm.weight, np.full(norm.num_features, np.sqrt(1 + norm.eps)))
