@@ -22,4 +22,5 @@ FAMILIES = (
     "rounding",
     "transforms",
     "devices",
+    "against",
 )

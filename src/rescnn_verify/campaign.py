@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from rescnn_verify.engine import FALSIFIED, PROFILES, Outcome, check_property
+from rescnn_verify.needs import ANOTHER
 from rescnn_verify.statement import Property, all_properties, find_property
 from rescnn_verify.target import load
 from rescnn_verify.workers import workers
@@ -60,13 +61,19 @@ class Unit:
         return find_property(self.name).space.get("device") is not None
 
 
-def select(expression: str | None) -> tuple[Property, ...]:
+def select(expression: str | None, *, pairs: bool | None = None) -> tuple[Property, ...]:
     """The properties whose names match an expression of substrings, ``and``, ``or``, ``not``.
+
+    Args:
+        expression: None selects every property.
+        pairs: only those that compare two implementations (True), or only the others (False).
 
     Raises:
         SelectionError: it is no such expression, or nothing matches.
     """
-    everything = all_properties()
+    everything = tuple(
+        p for p in all_properties() if pairs is None or (ANOTHER in p.needs) == pairs
+    )
     if not expression:
         return everything
     try:

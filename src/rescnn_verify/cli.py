@@ -57,6 +57,12 @@ def main() -> None:
     "--require-cuda", is_flag=True, help="Exit with 2 unless there is a CUDA device to run on."
 )
 @click.option(
+    "--against",
+    metavar="PLAIN",
+    help="Compare TARGET, a class that loads PLAIN's weights or a function that makes a module of "
+    "a PLAIN module, with the target PLAIN.",
+)
+@click.option(
     "-k",
     "expression",
     metavar="EXPR",
@@ -97,6 +103,7 @@ def check(
     profile: str,
     device: str,
     require_cuda: bool,
+    against: str | None,
     expression: str | None,
     count: int | None,
     stop_early: bool,
@@ -115,11 +122,12 @@ def check(
     count = count or usable_cores()
     with workers(count) if count > 1 else nullcontext() as executor:
         from rescnn_verify import campaign, report
-        from rescnn_verify.target import TargetError, load
+        from rescnn_verify.target import AGAINST, TargetError, load
 
         try:
+            target = f"{target}{AGAINST}{against}" if against else target
             load(target)
-            names = tuple(p.name for p in campaign.select(expression))
+            names = tuple(p.name for p in campaign.select(expression, pairs=bool(against)))
         except (TargetError, campaign.SelectionError) as error:
             _fail(str(error))
         if require_cuda or device == "cuda":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rescnn_verify.statement import Need
 
 __all__ = [
+    "ANOTHER",
     "A_FIELD_CLAIM",
     "A_PARAMETER_CLAIM",
     "BATCH_NORM",
@@ -21,6 +22,7 @@ __all__ = [
     "STACK",
 ]
 
+ANOTHER = Need("another implementation (--against)", lambda t: t.twin is not None)
 HANDLES = Need("handles of the blocks", lambda t: t.handles is not None)
 CONTRACT = Need("the whole reference contract", lambda t: t.follows_contract)
 STACK = Need("a stack of blocks", lambda t: t.kind == "stack")

@@ -88,6 +88,17 @@ class Subject:
             raise Falsified(f"building {config.describe()}", "an nn.Module", type(model).__name__)
         return model
 
+    def twin(self, model: nn.Module, case: Case) -> nn.Module:
+        """The second implementation of a module, with its weights and mode, dtype and device."""
+        make = self.target.twin
+        assert make is not None, "a property that compares two must list it among its needs"
+        other = attempt(
+            "making the second implementation",
+            lambda: make(model, case.config).to(device=case.device, dtype=DTYPES[case.dtype]),
+        )
+        self.set_mode(other, case.mode)
+        return other  # type: ignore[no-any-return]
+
     def set_mode(self, model: nn.Module, mode: str) -> nn.Module:
         attempt(f"switching to {mode} mode", lambda: model.train(mode == "train"))
         return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -19,9 +20,13 @@ from rescnn_verify.case import Config
 from rescnn_verify.handles import BlockHandles, contract_handles
 from rescnn_verify.space import ARCHITECTURES, Choice, Space
 
-__all__ = ["Target", "TargetError", "Traits", "load"]
+__all__ = ["AGAINST", "Target", "TargetError", "Traits", "load"]
 
 Shape = tuple[int, int, int]
+
+#: Between the names of two implementations.
+AGAINST = " against "
+
 NORMS = ("batch", "instance", "group", "weight", "none")
 DROPOUTS = ("channel", "element", "none")
 CLAIMS = ("receptive field", "parameter count")
@@ -116,6 +121,8 @@ class Target:
         kind: ``"custom"``; `load` sets ``"stack"`` or ``"block"`` for a class with the contract's
             constructor, which is held to the whole contract.
         constructor: the class of a stack or block.
+        twin: a second implementation of a module, with the module's weights; `load` fills it in for
+            ``FAST against PLAIN``.
     """
 
     build: Callable[[Config], nn.Module]
@@ -130,6 +137,7 @@ class Target:
     name: str = ""
     kind: str = "custom"
     constructor: type[nn.Module] | None = None
+    twin: Callable[[nn.Module, Config], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.claims) - set(CLAIMS)):
@@ -144,7 +152,8 @@ class Target:
     def source_files(self) -> frozenset[str]:
         """The files of the target's own code, as tracebacks name them."""
         if self.constructor is None:
-            return frozenset({_file_of(self.build), _file_of(self.call)}) - _FOREIGN
+            parts = (self.build, self.call, self.twin)
+            return frozenset(_file_of(part) for part in parts if part) - _FOREIGN
         modules = (sys.modules.get(base.__module__) for base in self.constructor.__mro__)
         files = {str(getattr(module, "__file__", "")) for module in modules}
         return frozenset(file for file in files if file not in _FOREIGN)
@@ -161,10 +170,43 @@ _FOREIGN = {"", str(nn.modules.module.__file__), __file__}
 def load(spec: str) -> Target:
     """The target that ``package.module:Attr`` or ``path/file.py:Attr`` names.
 
+    ``FAST against PLAIN`` is the target PLAIN together with a second implementation: a class or
+    `Target` that loads PLAIN's state_dict, or a function from a PLAIN module to a module.
+
     Raises:
         TargetError: there is no such module or attribute, its import fails, or it is neither a
             `Target` nor a class with the contract's constructor.
     """
+    fast, against, plain = spec.partition(AGAINST)
+    if against:
+        return replace(load(plain), name=spec, twin=_twin(fast))
+    found = _find(spec)
+    if isinstance(found, Target):
+        return replace(found, name=spec)
+    if inspect.isclass(found) and issubclass(found, nn.Module):
+        return contract_target(found, spec)
+    raise TargetError(
+        f"{spec} is {_describe(found)}; it must be a rescnn_verify.Target, or an nn.Module class "
+        "whose constructor takes (channels, kernel_sizes, dropout[, num_blocks])"
+    )
+
+
+def _twin(spec: str) -> Callable[[nn.Module, Config], nn.Module]:
+    """What makes the second implementation of a module."""
+    found = _find(spec)
+    if callable(found) and not inspect.isclass(found):
+        return lambda model, config: found(copy.deepcopy(model))  # it may change what it is given
+    fast = load(spec)
+
+    def build(model: nn.Module, config: Config) -> nn.Module:
+        made = fast.build(config).to(next(model.parameters()))  # before it rounds what it loads
+        made.load_state_dict(model.state_dict())
+        return made
+
+    return build
+
+
+def _find(spec: str) -> Any:
     place, _, attribute = spec.rpartition(":")
     if not place or not attribute:
         raise TargetError(
@@ -176,14 +218,7 @@ def load(spec: str) -> Target:
         if not hasattr(found, part):
             raise TargetError(f"{place} has no {attribute!r}; {_suggestions(module)}")
         found = getattr(found, part)
-    if isinstance(found, Target):
-        return replace(found, name=spec)
-    if inspect.isclass(found) and issubclass(found, nn.Module):
-        return contract_target(found, spec)
-    raise TargetError(
-        f"{spec} is {_describe(found)}; it must be a rescnn_verify.Target, or an nn.Module class "
-        "whose constructor takes (channels, kernel_sizes, dropout[, num_blocks])"
-    )
+    return found
 
 
 def contract_target(cls: type[nn.Module], name: str) -> Target:
