@@ -2,8 +2,8 @@
 
 import torch
 
-from rescnn_verify.compare import equal, same_bits
-from rescnn_verify.needs import DIRECT, HANDLES
+from rescnn_verify.compare import attempt, equal, same_bits
+from rescnn_verify.needs import CONTRACT, DIRECT, HANDLES
 from rescnn_verify.probes import (
     as_input,
     impulse_rows,
@@ -12,8 +12,13 @@ from rescnn_verify.probes import (
     positions,
     reach,
 )
-from rescnn_verify.space import INPUTS, Choice, Integers, Space
+from rescnn_verify.space import A_CHANNEL_PER_BRANCH, INPUTS, Choice, Integers, Space
 from rescnn_verify.statement import statement
+
+KERNELS = (
+    (3,), (5, 3), (3, 5, 7), (7, 1, 5, 3), (3, 9, 3, 5, 1), (11, 3, 5, 7, 9, 1),
+    (1, 3, 5, 7, 9, 11, 13), (15, 13, 11, 9, 7, 5, 3, 1),
+)  # fmt: skip
 
 
 @statement(space=Space(), needs=(HANDLES,), documented=True, effort=4)
@@ -62,3 +67,35 @@ def branch_i_sees_kernel_i(subject, case):
         window = torch.from_numpy(reach(place, side, side, case.length))
         seen = (out[row] != 0).any(dim=0)
         yield same_bits(seen, window, f"outputs that see position {place} by branch {index} alone")
+
+
+@statement(
+    space=Space(
+        num_blocks=Integers(1, 8), kernel_sizes=Choice(*KERNELS), channels=Integers(1, 1024),
+        where=(A_CHANNEL_PER_BRANCH,),
+    ),
+    needs=(CONTRACT, HANDLES),
+    exhaustive=True,
+)  # fmt: skip
+def split_and_field_of_every_configuration(subject, case):
+    """Widths, kernels, block count and claimed field are the formulas', up to 1024 channels.
+
+    For up to 8 branches, one list of kernels for each number of them, and up to 8 blocks: every
+    configuration in the thorough profile. Built on the meta device, where no weight is stored.
+    """
+    with torch.device("meta"):
+        model = subject.build_with(case.config)
+    blocks = subject.handles(model, case)
+    yield equal(len(blocks), case.num_blocks, "number of blocks")
+    shapes = {
+        tuple(tuple(branch.conv.weight.shape) for branch in block.branches) for block in blocks
+    }
+    expected = tuple(
+        (width, case.channels, kernel)
+        for width, kernel in zip(case.widths, case.kernel_sizes, strict=True)
+    )
+    yield equal(shapes, {expected}, "weight shapes of the branches, the same in every block")
+    claim = subject.target.claims.get("receptive field")
+    if claim is not None:
+        claimed = attempt("claimed receptive field", lambda: claim(model, case.config))
+        yield equal(claimed, case.field, "claimed receptive field")

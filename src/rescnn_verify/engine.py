@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 import traceback
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
+from hypothesis import target as hypothesis_target
 from hypothesis.errors import Flaky, Unsatisfiable
 
 from rescnn_verify.case import Case
@@ -202,16 +204,27 @@ def _first_failure(
             found = _Failure(trial[: tally.cases - before], error)
             raise
 
+    def steered(trial: tuple[Case, ...]) -> None:
+        """Lets Hypothesis look for cases that come closer to a bound."""
+        worst, tally.worst_ratio = tally.worst_ratio, None
+        try:
+            examine(trial)
+        finally:
+            ratio = tally.worst_ratio
+            tally.worst_ratio = max((r for r in (worst, ratio) if r is not None), default=None)
+        if ratio is not None and math.isfinite(ratio):
+            hypothesis_target(ratio)
+
     run = settings(
         max_examples=max(1, round(profile.drawn * prop.effort)),
-        phases=[Phase.generate],
+        phases=[Phase.generate, Phase.target],
         database=None,
         deadline=None,
         derandomize=False,
         print_blob=False,
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
-    )(given(trials(space, work=prop.work))(examine))
+    )(given(trials(space, work=prop.work))(steered))
     try:
         if prop.exhaustive and profile.slow:
             for case in every_case(space):

@@ -143,12 +143,12 @@ def own_calls(
     """Input and output of every call of dense zero-padded convolutions and norms of torch's own.
 
     Both are copies: an activation behind may work in place. A subclass with a forward pass of its
-    own is left out, and so is a module that runs in train mode.
+    own is left out, and so is a call in train mode or on anything but (batch, channels, length).
     """
     calls: Calls = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        if not module.training:
+        if not module.training and inputs[0].dim() == 3:
             pair = (inputs[0].detach().clone(), out.detach().clone())
             calls.setdefault(module, []).append(pair)
 

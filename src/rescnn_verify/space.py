@@ -11,6 +11,7 @@ from rescnn_verify.case import Case, Config
 
 __all__ = [
     "ARCHITECTURES",
+    "A_CHANNEL_PER_BRANCH",
     "INPUTS",
     "Choice",
     "Constraint",

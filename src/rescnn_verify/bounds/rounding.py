@@ -153,11 +153,11 @@ def normalise(
     """An eval-mode norm, a(v − mean) + shift with a = scale/√(variance + eps): nine roundings.
 
     They are relative to |a|(|v| + |mean|) + |shift|, so that it may be computed as av + (shift −
-    a mean), too.
+    a mean), too. Any of them may be stored: torch takes another path where memory has gaps.
     """
     slope = (scale / (variance + eps).sqrt())[:, None]
     size = slope.abs() * (x.most + mean.abs()[:, None]) + shift.abs()[:, None]
-    bound = slope.abs() * x.bound + float(form.gamma(9, 3)) * size + 4 * form.smallest
+    bound = slope.abs() * x.bound + float(form.gamma(9, 9)) * size + 4 * form.smallest
     exact = slope * (x.exact - mean[:, None]) + shift[:, None]
     return _finite(form, Approximation(exact, bound))
 
