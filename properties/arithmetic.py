@@ -13,7 +13,7 @@ from rescnn_verify.oracles.real import Bounded, real_pass
 from rescnn_verify.probes import as_input
 from rescnn_verify.space import INPUTS, Choice, Integers
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import NotApplicable, onednn
+from rescnn_verify.subject import CONTEXTS, NotApplicable, onednn
 
 REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM)
 EVAL = INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 33))
@@ -154,7 +154,7 @@ def real_networks_are_within_their_bound(subject, case):
     space=INPUTS.narrow(
         dtype=Choice("float64"), mode=Choice("train"), length=Integers(1, 300),
         batch=Integers(1, 17), magnitude=Choice(1.0, 1e-6, 1e3, 1e-3), spread=Choice(False),
-        dropout=Choice(0.0), counted=Choice(0, 1, 9, 100, 1000, 10**6),
+        dropout=Choice(0.0), counted=Choice(0, 1, 9, 100, 1000, 10**6), context=Choice(*CONTEXTS),
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
@@ -164,8 +164,8 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
     """In train mode each norm uses the batch's own mean and biased variance, within the bound.
 
     It also moves the running statistics by the documented law: 0.9 times the old plus 0.1 times the
-    batch's mean and unbiased variance, one more batch counted, however many there were before.
-    Checked without dropout.
+    batch's mean and unbiased variance, one more batch counted, however many there were before and
+    whether or not gradients are recorded. Checked without dropout.
     """
     model = subject.model(case)
     blocks = subject.handles(model, case)
@@ -174,7 +174,8 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
     for norm in norms:
         norm.num_batches_tracked.fill_(case["counted"])
     x = _real_input(case)
-    out = subject(model, as_input(case, x))
+    with CONTEXTS[case["context"]]():
+        out = subject(model, as_input(case, x))
     expected = _reference(network, values_of(case, x), train=True)
     if not np.isfinite(expected.out.error).all():
         return  # a channel is constant over the batch but for round-off

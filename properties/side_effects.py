@@ -12,13 +12,8 @@ from rescnn_verify.needs import CONTRACT
 from rescnn_verify.probes import as_input, normal_input
 from rescnn_verify.space import INPUTS, Choice, Integers, Space
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import DTYPES, seed_everything
+from rescnn_verify.subject import CONTEXTS, DTYPES, seed_everything
 
-CONTEXTS = {
-    "grad": torch.enable_grad,
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-}
 SMALL = INPUTS.narrow(batch=Integers(1, 33), length=Integers(1, 1100))
 
 

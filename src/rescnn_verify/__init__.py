@@ -23,6 +23,10 @@ _PUBLIC = {
     "Space": "rescnn_verify.space",
     "Target": "rescnn_verify.target",
     "Traits": "rescnn_verify.target",
+    "contract_handles": "rescnn_verify.handles",
+    "conv_norm_bound": "rescnn_verify.bounds.norms",
+    "error_bound": "rescnn_verify.bounds.rounding",
+    "lipschitz_bound": "rescnn_verify.bounds.gains",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -81,6 +81,8 @@ def draw_trial(
         NoCase: no case met the space's constraints in a fixed number of draws.
     """
     least = _least(space.get("length")) * _least(space.get("batch"))
+    if space.get("mode") == Choice("train"):
+        least = max(least, 2)  # one value per channel cannot be trained on
     config = _until(lambda: draw_config(draw, space), lambda c: multiply_adds(c) * least <= work)
     shared = {
         name: draw_value(draw, name, factor)

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rescnn_verify.case import Case
 from rescnn_verify.handles import BlockHandles, ConvNorm
 from rescnn_verify.subject import DTYPES
 
 __all__ = [
+    "LeftBehind",
     "as_input",
     "called_within",
     "exact_norm",
@@ -187,6 +190,34 @@ def called_within(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class LeftBehind(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the floating-point tensors of other devices that operations on one device are given.
+
+    Numbers without a dimension are left out: torch moves them by itself. So are integers, with
+    which any device can be indexed.
+
+    Args:
+        device: the one device.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if any(t.device.type == self.device for t in tensors):
+            self.seen += [
+                f"{t.device.type} tensor of shape {tuple(t.shape)} in {func}"
+                for t in tensors
+                if t.device.type != self.device and t.is_floating_point() and t.dim() > 0
+            ]
+        return func(*args, **(kwargs or {}))
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from rescnn_verify.handles import BlockHandles
 from rescnn_verify.target import Target, TargetError
 
 __all__ = [
+    "CONTEXTS",
     "DTYPES",
     "NotApplicable",
     "NothingCompiledError",
@@ -36,6 +37,13 @@ DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+}
+
+#: How a forward pass may be called.
+CONTEXTS = {
+    "grad": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
 }
 
 

@@ -244,3 +244,52 @@ class EdgeGradientMissing(Stack):
 class BlockDetachedResidual(Block):
     def add(self, y, x):
         return y + x.detach()
+
+
+class MaskInBuffer(Function):
+    """ReLU whose mask is kept outside the graph."""
+
+    @staticmethod
+    def forward(ctx, x, kept):
+        kept["mask"] = x > 0
+        ctx.kept = kept
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.kept["mask"], None
+
+
+@wrong("gradients", "a ReLU keeps its mask in the block, where the next pass overwrites it")
+class OneMaskForAllPasses(Stack):
+    class Block(Block):
+        def build(self):
+            super().build()
+            self.kept = {}
+
+        def activate(self, y):
+            return MaskInBuffer.apply(y, self.kept)
+
+
+class AddReluInPlace(Function):
+    """relu(y + x) that masks the gradient where it stands."""
+
+    @staticmethod
+    def forward(ctx, y, x):
+        out = (y + x).clamp(min=0)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (out,) = ctx.saved_tensors
+        gradient[out <= 0] = 0
+        return gradient, gradient
+
+
+@wrong("gradients", "the backward pass masks the caller's gradient in place")
+class ChangesIncomingGradient(Stack):
+    class Block(Block):
+        def forward(self, x):
+            self.check_input(x)
+            return AddReluInPlace.apply(self.fuse(self.join(self.run_branches(x))), x)

@@ -228,3 +228,53 @@ class FirstSampleStatistics(Stack):
             norm(x.detach())
             var, mean = torch.var_mean(x[:1], (0, 2), unbiased=False)
             return affine(norm, x, mean, torch.sqrt(var + norm.eps))
+
+
+@wrong("modes", "norms use the block's mode instead of their own, so they cannot be frozen")
+class IgnoresFrozenNorms(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            norm.training = self.training
+            return norm(x)
+
+
+@wrong("modes", "dropout uses the block's mode instead of its module's")
+class IgnoresDropoutMode(Stack):
+    class Block(Block):
+        def drop(self, y):
+            return F.dropout1d(y, self.fusion[2].p, self.training) if y.shape[0] else y
+
+
+@wrong("modes", "the running statistics learn ever less, as an average over all batches would")
+class MomentumDecays(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            norm.momentum = min(0.1, 10 / (int(norm.num_batches_tracked) + 1))
+            return norm(x)
+
+
+@wrong("modes", "statistics are learned only while gradients are recorded")
+class LearnsOnlyWithGradients(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if not norm.training or torch.is_grad_enabled():
+                return norm(x)
+            return functional(norm, x, running_mean=None, running_var=None)
+
+
+@wrong("modes", "without gradients the branches are joined in a buffer that all calls share")
+class SharedWorkspace(Stack):
+    class Block(Block):
+        def run_branches(self, x):
+            if torch.is_grad_enabled():
+                return super().run_branches(x)
+            buffer = WORKSPACE.setdefault((x.shape, x.dtype, x.device), torch.empty_like(x))
+            start = 0
+            for branch in self.branches:
+                out = super().run_branch(branch, x)
+                buffer[:, start : start + out.shape[1]] = out
+                start += out.shape[1]
+            return [buffer]
+
+
+WORKSPACE = {}

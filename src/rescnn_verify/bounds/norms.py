@@ -55,8 +55,8 @@ def conv_norm_bound(
             f"weight must be a finite array of shape (out, in / groups, kernel), got shape "
             f"{weight.shape}{'' if np.isfinite(weight).all() else ' with non-finite values'}"
         )
-    for name, value in (("dilation", dilation), ("groups", groups), ("length", length or 1)):
-        if value < 1:
+    for name, value in (("dilation", dilation), ("groups", groups), ("length", length)):
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if weight.shape[0] % groups:
         raise ValueError(f"{weight.shape[0]} output channels are no multiple of {groups} groups")
