@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from rescnn_verify.cli import main
@@ -121,6 +122,37 @@ def test_cuda_without_a_device_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     line = one_line_error(["check", "--device", "cuda", "-n", "1"], tmp_path, monkeypatch)
     assert "no CUDA device" in line
+
+
+def test_a_required_device_that_is_missing_could_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["check", "--device", "all", "--require-cuda", "-n", "1"]
+    assert "--require-cuda: this machine has no" in one_line_error(arguments, tmp_path, monkeypatch)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a device")
+def test_without_a_device_its_checks_are_not_run_rather_than_held(tmp_path):
+    arguments = ("--profile", "quick", "--device", "all", "-k", "output_is_finite or widths_sum")
+    result = run("check", *arguments, "-n", "1", "--json", "o.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 held, 1 not run (no device)" in result.stdout
+    data = json.loads((tmp_path / "o.json").read_text())
+    verdicts = {(p["name"], p["device"]): p["verdict"] for p in data["properties"]}
+    assert verdicts == {
+        ("split.widths_sum_to_channels", "cpu"): "held",
+        ("shape.output_is_finite", "cpu"): "held",
+        ("shape.output_is_finite", "cuda"): "not run",
+    }
+    assert data["environment"]["devices"]["cuda"] == "no device"
+
+
+def test_two_implementations_are_compared_and_the_witness_replays(tmp_path):
+    fast, plain = f"{ROOT / 'examples' / 'fast.py'}:fold_without_eps", "rescnn:ResCNNStack"
+    arguments = ("--against", plain, "--profile", "quick", "-k", "outputs", "-n", "1")
+    result = run("check", fast, *arguments, cwd=tmp_path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    (witness,) = (tmp_path / "witnesses").iterdir()
+    assert run("replay", f"witnesses/{witness.name}", cwd=tmp_path).returncode == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 
 from rescnn import ResCNNStack
 from rescnn_verify import Case, Choice, Integers, Space, Target, Traits
-from rescnn_verify.compare import Falsified, equal
+from rescnn_verify.compare import Comparison, Falsified, equal
 from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
 from rescnn_verify.engine import (
     BAD_TARGET,
@@ -16,6 +16,7 @@ from rescnn_verify.engine import (
     HELD,
     INTERNAL_ERROR,
     NOT_APPLICABLE,
+    NOT_RUN,
     NOTHING_ASSERTED,
     PROFILES,
     check_property,
@@ -194,3 +195,57 @@ def test_a_falsified_comparison_counts_as_an_assertion():
         yield
 
     assert outcome_of(check).assertions == 1
+
+
+def test_a_slow_statement_runs_in_the_thorough_profile_only():
+    def check(subject, case):
+        yield equal(1, 1, "one")
+
+    prop = statement(space=SMALL, slow=True, effort=0.001)(check)
+    assert check_property(prop, STACK, profile=QUICK, seed=0).verdict == NOT_RUN
+    assert check_property(prop, STACK, profile=PROFILES["thorough"], seed=0).verdict == HELD
+
+
+def exhaustive(check):
+    space = Space(num_blocks=Integers(1, 3), channels=Integers(1, 40), kernel_sizes=Choice((3,)))
+    return statement(space=space, exhaustive=True)(check)
+
+
+def test_an_exhaustive_statement_sees_every_case_in_the_thorough_profile():
+    seen = set()
+
+    def check(subject, case):
+        seen.add((case.num_blocks, case.channels))
+        yield equal(1, 1, "one")
+
+    outcome = check_property(exhaustive(check), STACK, profile=PROFILES["thorough"], seed=0)
+    assert outcome.evidence == "exhausted over 120 cases"
+    assert len(seen) == outcome.cases == 120
+
+
+def test_an_exhaustive_statement_names_the_one_case_where_it_is_false():
+    def check(subject, case):
+        yield equal((case.num_blocks, case.channels) == (2, 37), False, "it")
+
+    outcome = check_property(exhaustive(check), STACK, profile=PROFILES["thorough"], seed=0)
+    assert (outcome.trial[-1].num_blocks, outcome.trial[-1].channels) == (2, 37)
+
+
+def test_hypothesis_is_steered_towards_the_bound():
+    """A drawn search with feedback comes closer to the bound than one without."""
+
+    def closest(report):
+        best = 0.0
+
+        def check(subject, case):
+            nonlocal best
+            ratio = 1 - abs(case["level"] - 77_777) / 100_000
+            best = max(best, ratio)
+            yield Comparison("level", ratio if report else None)
+
+        space = Space(level=Integers(0, 100_000))
+        profile = replace(QUICK, sampled=0, drawn=150)
+        check_property(statement(space=space)(check), STACK, profile=profile, seed=0)
+        return best
+
+    assert closest(report=True) > closest(report=False)

@@ -8,6 +8,7 @@ import pytest
 from rescnn_verify.case import Case
 from rescnn_verify.drawing import WORK, NoCase, RandomDraw, draw_trial
 from rescnn_verify.space import (
+    A_CHANNEL_PER_BRANCH,
     ARCHITECTURES,
     INPUTS,
     Choice,
@@ -18,6 +19,7 @@ from rescnn_verify.space import (
     Space,
     SpaceError,
     architectural,
+    every_case,
     value,
 )
 from rescnn_verify.statement import all_properties
@@ -320,3 +322,29 @@ def test_no_case_of_a_property_costs_more_than_its_limit():
         if prop.space_for(BUNDLED).get("length")
     }
     assert {name: ratio for name, ratio in worst.items() if ratio > 1} == {}
+
+
+def test_every_case_of_a_bounded_space_comes_once_and_the_simplest_first():
+    space = Space(
+        kernel_sizes=Lists(Choice(3, 5), 1, 2),
+        channels=Integers(1, 2),
+        where=(A_CHANNEL_PER_BRANCH,),
+    )
+    cases = list(every_case(space))
+    assert [(c.kernel_sizes, c.channels) for c in cases] == [
+        ((3,), 1), ((3,), 2), ((5,), 1), ((5,), 2),
+        ((3, 3), 2), ((3, 5), 2), ((5, 3), 2), ((5, 5), 2),
+    ]  # fmt: skip
+    assert all(case in space for case in cases)
+
+
+def test_options_and_extra_factors_are_gone_through():
+    cases = list(every_case(Space({"option.groups": Integers(1, 2), "place": Choice("a", "b")})))
+    assert [(c.option("groups"), c["place"]) for c in cases] == [
+        (1, "a"), (1, "b"), (2, "a"), (2, "b"),
+    ]  # fmt: skip
+
+
+def test_real_numbers_cannot_be_gone_through():
+    with pytest.raises(SpaceError, match=r"dropout: the reals from 0.0 to 1.0"):
+        list(every_case(Space(dropout=Floats(0.0, 1.0))))
