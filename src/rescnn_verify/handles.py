@@ -195,7 +195,11 @@ def _fusion_norm(
 def _pair(
     block: nn.Module, convs: Sequence[nn.Conv1d], norms: Sequence[_BatchNorm]
 ) -> tuple[ConvNorm, ...]:
-    """Each branch's convolution with the norm of the same submodule, else in order."""
+    """Each branch's convolution with the norm of the same submodule, else in order.
+
+    Raises:
+        Falsified: a norm is over another number of channels than its convolution has.
+    """
     partner: dict[nn.Conv1d, _BatchNorm] = {}
     for part in block.modules():
         own_convs = [c for c in _convolutions(part) if c in convs]
@@ -204,6 +208,13 @@ def _pair(
             partner[own_convs[0]] = own_norms[0]
     if len(partner) != len(convs):
         partner = dict(zip(convs, norms, strict=True))
+    for i, conv in enumerate(convs):
+        if partner[conv].num_features != conv.out_channels:
+            raise Falsified(
+                f"norm of branch {i}",
+                f"a BatchNorm over the {conv.out_channels} channels of its convolution",
+                f"one over {partner[conv].num_features}",
+            )
     return tuple(ConvNorm(conv, partner[conv]) for conv in convs)
 
 
