@@ -38,16 +38,14 @@ def outputs_agree_within_both_bounds(subject, case):
 
 
 @statement(
-    space=SAME_MASKS.narrow(
-        mode=Choice("eval"), dtype=Choice("float32", "float64"), length=Integers(1, 300)
-    ),
+    space=SAME_MASKS.narrow(mode=Choice("eval"), length=Integers(1, 300)),
     needs=PAIR, evidence="bounded", work=2**16, effort=2,
 )  # fmt: skip
 def gradients_agree_within_both_bounds(subject, case):
     """In eval mode Jᵀv differs by at most the sum of both error bounds.
 
-    So do the parameters' gradients if both implementations have the same parameters. Cases in which
-    round-off may switch a ReLU are left out.
+    So do the parameters' gradients, in float32 and float64, if both implementations have the same
+    parameters. Cases in which round-off may switch a ReLU are left out: most in the narrow dtypes.
     """
     yield from _same_gradients(subject, case)
 
@@ -75,7 +73,8 @@ def _same_gradients(subject, case):
         network, x.cpu().double().numpy(), v=v.cpu().double().numpy(), train=training,
         form=FORMATS[case.dtype],
     )  # fmt: skip
-    if exact.kink or not np.isfinite(exact.input_gradient.error).all():
+    largest = FORMATS[case.dtype].largest
+    if exact.kink or not (np.maximum(exact.out.most, exact.input_gradient.most) < largest).all():
         return
     if not subject(subject.twin(model, case), x.detach().clone().requires_grad_()).requires_grad:
         raise NotApplicable("the second implementation has no gradients")
@@ -85,7 +84,7 @@ def _same_gradients(subject, case):
     yield within(other_out, _twice(out, exact.out), "output of the second, against the first")
     what = "gradient at the input of the second, against the first"
     yield within(other_gradient, _twice(gradient, exact.input_gradient), what)
-    if not alike:
+    if not alike or case.dtype not in ("float32", "float64"):
         return  # what has another value is another parameter, whatever its name
     others = dict(other.named_parameters()) | (dict(other.named_buffers()) if training else {})
     for name, tensor, bounded in _learners(subject, model, case, exact):
