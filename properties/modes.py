@@ -27,9 +27,10 @@ def eval_is_deterministic(subject, case):
     x = normal_input(case)
     buffers = _state(model)
     seed_torch(case.seed)
-    state = torch.get_rng_state()
+    states = _generators(case)
     first = subject(model, x)
-    yield same_bits(torch.get_rng_state(), state, "torch's generator after a call in eval mode")
+    for after, before in zip(_generators(case), states, strict=True):
+        yield same_bits(after, before, "torch's generator after a call in eval mode")
     seed_torch(case.seed + 1)
     second = subject(model, x)
     yield same_bits(second, first, "second output in eval mode")
@@ -237,6 +238,12 @@ def dropout_modules_obey_their_own_mode(subject, case):
     expected = torch.relu(x) if case.mode == "eval" else found.expected.out
     what = "dropping" if case.mode == "eval" else "not dropping"
     yield same_bits(subject(model, x), expected, f"output in {case.mode} mode, dropouts {what}")
+
+
+def _generators(case):
+    """The states of torch's generators that a call might draw from."""
+    cuda = [torch.cuda.get_rng_state()] if case.device == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
 
 
 def _state(model):

@@ -2,7 +2,7 @@
 
 import torch
 
-from rescnn_verify.bounds.rounding import Approximation, convolve, normalise
+from rescnn_verify.bounds.rounding import convolve, exactly, normalise
 from rescnn_verify.bounds.roundoff import FORMATS
 from rescnn_verify.compare import within
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
@@ -18,25 +18,46 @@ REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT)
 
 @statement(
     space=INPUTS.narrow(
-        mode=Choice("eval"), dtype=Choice("float32", "bfloat16", "float16"),
-        batch=Integers(1, 17), length=Integers(1, 300), onednn=Choice(True, False),
+        mode=Choice("eval"), dtype=Choice("float32"), batch=Integers(1, 17),
+        length=Integers(1, 300), onednn=Choice(True, False),
     ),
     needs=REFERENCE,
     evidence="bounded",
-    work=2**16, effort=0.8)  # fmt: skip
+    work=2**16, effort=0.6)  # fmt: skip
 def outputs_are_within_the_bound(subject, case):
-    """In float32, float16 and bfloat16 the output is within the running error bound.
+    """In float32 the output is within the running error bound.
 
     The bound is carried through the reference in float64 (`oracles.real`): γ_n Σ|w||v| for every
     sum of n products, whatever its order, a unit round-off for what is stored. Where the dtype may
     overflow nothing is claimed.
     """
+    yield from _output_is_within(subject, case)
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("eval"), dtype=Choice("bfloat16", "float16"), num_blocks=Choice(1),
+        channels=Integers(1, 24), batch=Integers(1, 17), length=Integers(1, 300),
+        onednn=Choice(True, False),
+    ),
+    needs=REFERENCE,
+    evidence="bounded",
+    work=2**15, effort=0.6)  # fmt: skip
+def one_block_is_within_the_bound_in_16_bits(subject, case):
+    """The same in float16 and bfloat16 for one block of few channels.
+
+    For more the bound grows far beyond the values themselves and says nothing.
+    """
+    yield from _output_is_within(subject, case)
+
+
+def _output_is_within(subject, case):
     model = subject.model(case)
     blocks = subject.handles(model, case)
     randomise(model, case.rng("weights"))
     x = normal_input(case)
     exact = _reference(blocks, case, x)
-    if not (exact.out.most < FORMATS[case.dtype].largest).all():
+    if not exact.in_range:
         return
     with onednn(case["onednn"]), torch.no_grad():
         out = subject(model, x)
@@ -61,7 +82,7 @@ def gradients_are_within_the_bound(subject, case):
     randomise(model, case.rng("weights"))
     x, v = normal_input(case), as_input(case, case.rng("gradient").standard_normal(case.shape))
     exact = _reference(blocks, case, x, v=v.cpu().double().numpy(), train=case.mode == "train")
-    if exact.kink or not (exact.input_gradient.most < FORMATS[case.dtype].largest).all():
+    if exact.kink or not exact.in_range:
         return
     with onednn(case["onednn"]):
         out, gradient = subject.vjp(model, x, v)
@@ -113,7 +134,7 @@ def _convolution(form, conv, x, channels):
     weight = conv.weight.detach().cpu().double()[channels]
     bias = None if conv.bias is None else conv.bias.detach().cpu().double()[channels]
     return convolve(
-        form, _exactly(x), weight, bias,
+        form, exactly(x), weight, bias,
         stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
     )  # fmt: skip
 
@@ -123,12 +144,7 @@ def _norm(form, norm, x, channels):
         tensor.detach().cpu().double()[channels]
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     ]
-    return normalise(form, _exactly(x[:, channels]), *values, norm.eps)
-
-
-def _exactly(x):
-    values = x.cpu().double()
-    return Approximation(values, torch.zeros_like(values))
+    return normalise(form, exactly(x[:, channels]), *values, norm.eps)
 
 
 def _reference(blocks, case, x, **options):

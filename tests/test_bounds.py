@@ -16,6 +16,7 @@ from rescnn_verify.bounds.rounding import UnknownOperationError
 from rescnn_verify.bounds.roundoff import FORMATS, TF32, Format, gamma
 from rescnn_verify.case import Config
 from rescnn_verify.handles import contract_handles
+from rescnn_verify.oracles.layers import UnsupportedLayerError
 from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import randomise
 from rescnn_verify.subject import DTYPES, environment
@@ -52,6 +53,18 @@ def test_a_known_norm():
     assert conv_norm_bound(np.zeros((2, 3, 5))) == 0
 
 
+@pytest.mark.parametrize("kernel", [2, 4])
+def test_even_kernels_are_padded_on_either_side(kernel):
+    weight = np.random.default_rng(0).standard_normal((3, 2, kernel))
+    conv = nn.Conv1d(2, 3, kernel, padding="same", bias=False).double()
+    with torch.no_grad():
+        conv.weight.copy_(torch.from_numpy(weight))
+    for length in (1, 2, 3, 9):
+        x = torch.eye(2 * length, dtype=torch.float64).reshape(-1, 2, length)
+        matrix = conv(x).detach().reshape(2 * length, -1).numpy()
+        assert conv_norm_bound(weight, length=length) >= np.linalg.norm(matrix, 2)
+
+
 def test_groups_are_independent():
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((6, 2, 3))
@@ -61,7 +74,12 @@ def test_groups_are_independent():
     assert conv_norm_bound(weight, groups=2) == pytest.approx(conv_norm_bound(whole), rel=1e-6)
 
 
-@pytest.mark.parametrize("size", [1e-150, 1e150])
+def test_a_matrix_of_zeros_has_a_largest_eigenvalue_of_almost_zero():
+    zeros = torch.zeros(3, 4, 4, dtype=torch.complex128)
+    assert 0 <= norms.largest_eigenvalue_bound([zeros]) < 1e-300
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e150, 1e307])
 def test_norms_at_extreme_sizes(size):
     weight = np.random.default_rng(0).standard_normal((4, 3, 5))
     scaled = conv_norm_bound(weight * size) / size
@@ -109,6 +127,17 @@ def test_the_lipschitz_bound_of_a_stack():
     with torch.no_grad():
         assert float((model(x) - model(y)).norm() / (x - y).norm()) <= bound
     assert lipschitz_bound(handles, length=30) <= bound
+
+
+@pytest.mark.parametrize(
+    "change", [{"dilation": (2,)}, {"stride": (2,)}, {"padding_mode": "circular"}]
+)
+def test_layers_of_another_architecture_have_no_lipschitz_bound(change):
+    handles = contract_handles(small_stack(), Config(channels=6, num_blocks=2, kernel_sizes=(3, 5)))
+    for name, value in change.items():
+        setattr(handles[0].branches[0].conv, name, value)
+    with pytest.raises(UnsupportedLayerError, match="stride, dilation and groups 1"):
+        lipschitz_bound(handles)
 
 
 def test_a_stack_without_fusion_has_bound_one():

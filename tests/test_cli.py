@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from rescnn_verify.case import Case
 from rescnn_verify.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,6 +154,30 @@ def test_two_implementations_are_compared_and_the_witness_replays(tmp_path):
     assert result.returncode == 1, result.stdout + result.stderr
     (witness,) = (tmp_path / "witnesses").iterdir()
     assert run("replay", f"witnesses/{witness.name}", cwd=tmp_path).returncode == 1
+
+
+def test_the_pair_that_a_report_names_is_checked_as_a_pair(tmp_path):
+    pair = f"{ROOT / 'examples' / 'fast.py'}:fold_without_eps against rescnn:ResCNNStack"
+    result = run("check", pair, "--profile", "quick", "-k", "outputs", "-n", "1", cwd=tmp_path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "against.outputs_agree_within_both_bounds" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("shape.output_is_finite", {"device": "cuda"}, "needs a CUDA device"),
+        ("against.outputs_agree_within_both_bounds", {}, "does not apply to rescnn:ResCNNStack"),
+        ("no.such_property", {}, "there is no property 'no.such_property'"),
+    ],
+)
+def test_a_witness_that_cannot_be_run_is_not_reproduced(name, fields, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    case = Case(**fields).to_json()
+    witness = {"version": 1, "property": name, "target": "rescnn:ResCNNStack", "case": case}
+    witness |= {"before": [], "what": "", "expected": "", "got": ""}
+    (tmp_path / "w.json").write_text(json.dumps(witness))
+    assert said in one_line_error(["replay", "w.json"], tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,14 @@ from rescnn_verify.engine import (
     NOTHING_ASSERTED,
     PROFILES,
     check_property,
+    documented_case,
 )
 from rescnn_verify.needs import HANDLES
-from rescnn_verify.space import value
+from rescnn_verify.space import INPUTS, value
 from rescnn_verify.statement import all_properties, find_property, statement
 from rescnn_verify.subject import NotApplicable
 from rescnn_verify.target import TargetError, contract_target
+from rescnn_verify.trial import run_trial
 
 QUICK = PROFILES["quick"]
 SMALL = Space(length=Integers(1, 30), seed=Integers(0, 9))
@@ -249,3 +251,18 @@ def test_hypothesis_is_steered_towards_the_bound():
         return best
 
     assert closest(report=True) > closest(report=False)
+
+
+def test_the_documented_case_is_on_the_device_that_is_checked():
+    space = INPUTS.narrow(device=Choice("cuda"))
+    assert documented_case(STACK, space).device == "cuda"
+    assert documented_case(STACK, Space()).device == "cpu"
+
+
+def test_a_step_that_crosses_kinks_is_no_finite_difference():
+    """Here the gradients at both ends agree, and yet masks between them do not."""
+    case = Case(
+        channels=5, num_blocks=3, kernel_sizes=(9, 11, 31, 5, 3), length=30, dtype="float64",
+        seed=91961419, extra=(("onednn", True),),
+    )  # fmt: skip
+    run_trial(find_property("gradients.finite_differences_are_exact"), STACK, (case,))

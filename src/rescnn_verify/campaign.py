@@ -45,8 +45,11 @@ class Plan:
     @property
     def units(self) -> tuple[Unit, ...]:
         """Each property on each device; what takes no input needs no second device."""
-        found = [Unit(name, device) for name in self.properties for device in self.devices]
-        return tuple(u for u in found if u.device == self.devices[0] or u.uses_device)
+        return tuple(
+            Unit(name, device)
+            for name in self.properties
+            for device in (self.devices if _takes_input(name) else ("cpu",))
+        )
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ class Unit:
     name: str
     device: str
 
-    @property
-    def uses_device(self) -> bool:
-        return find_property(self.name).space.get("device") is not None
+
+def _takes_input(name: str) -> bool:
+    return find_property(name).space.get("device") is not None
 
 
 def select(expression: str | None, *, pairs: bool | None = None) -> tuple[Property, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -73,7 +74,7 @@ def main() -> None:
     "count",
     type=click.IntRange(min=1),
     metavar="WORKERS",
-    help="Processes, one thread each.  [default: the cores]",
+    help="Processes, one thread each.  [default: the cores; 1 with CUDA]",
 )
 @click.option("-x", "stop_early", is_flag=True, help="Stop at the first falsified property.")
 @click.option(
@@ -119,15 +120,15 @@ def check(
     if json_file and not json_file.absolute().parent.is_dir():
         _fail(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
     start = time.perf_counter()
-    count = count or usable_cores()
+    count = count or (usable_cores() if device == "cpu" else 1)  # each has a context on the GPU
     with workers(count) if count > 1 else nullcontext() as executor:
         from rescnn_verify import campaign, report
         from rescnn_verify.target import AGAINST, TargetError, load
 
         try:
             target = f"{target}{AGAINST}{against}" if against else target
-            load(target)
-            names = tuple(p.name for p in campaign.select(expression, pairs=bool(against)))
+            pairs = load(target).twin is not None
+            names = tuple(p.name for p in campaign.select(expression, pairs=pairs))
         except (TargetError, campaign.SelectionError) as error:
             _fail(str(error))
         if require_cuda or device == "cuda":
@@ -194,6 +195,9 @@ def replay(files: tuple[Path, ...], target: str | None) -> None:
             falsified = run(witness)
         except (WitnessError, PropertyError, TargetError, CaseError) as error:
             _fail(str(error))
+        except Exception:
+            traceback.print_exc()  # the suite's own mistake, which says nothing about the target
+            _fail(f"{path}: internal error")
         name = f"{escape(witness.name)} on {escape(witness.target)}"
         if falsified is None:
             console.print(f"[green]not reproduced[/]: {name}", soft_wrap=True, highlight=False)

@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "Comparison",
     "Falsified",
+    "NotApplicable",
     "at_most",
     "attempt",
     "describe",
@@ -41,6 +42,10 @@ class Comparison:
 
     what: str
     ratio: float | None = None
+
+
+class NotApplicable(Exception):
+    """The target does not support what a property needs, which only running it could tell."""
 
 
 class Falsified(AssertionError):
@@ -151,8 +156,8 @@ def attempt(what: str, action: Callable[[], Any]) -> Any:
     """
     try:
         return action()
-    except Falsified:
-        raise
+    except (Falsified, torch.OutOfMemoryError):
+        raise  # a device that is too small says nothing about the target
     except (Exception, SystemExit) as error:
         raise Falsified(what, "no exception", describe(error)) from error
 

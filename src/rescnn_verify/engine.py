@@ -117,7 +117,11 @@ def check_property(
         return Outcome(
             name=prop.name,
             verdict=verdict,
-            evidence=f"exhausted over {tally.cases} cases" if exhausting else prop.evidence,
+            evidence=(
+                f"exhausted over {tally.cases} cases"
+                if exhausting and verdict == HELD
+                else prop.evidence
+            ),
             device=device,
             cases=tally.cases,
             assertions=tally.assertions,
@@ -161,7 +165,12 @@ def check_property(
 
 
 def _search(
-    prop: Property, target: Target, space: Space, profile: Profile, seed: int, tally: Tally
+    prop: Property,
+    target: Target,
+    space: Space,
+    profile: Profile,
+    seed: int,
+    tally: Tally,
 ) -> _Failure | None:
     """The smallest counterexample found, None when there is none.
 
@@ -191,7 +200,12 @@ def _search(
 
 
 def _first_failure(
-    prop: Property, target: Target, space: Space, profile: Profile, seed: int, tally: Tally
+    prop: Property,
+    target: Target,
+    space: Space,
+    profile: Profile,
+    seed: int,
+    tally: Tally,
 ) -> _Failure | None:
     found: _Failure | None = None
 
@@ -250,6 +264,8 @@ def documented_case(target: Target, space: Space) -> Case:
         kernel_sizes=(3, 5, 7),
         dropout=0.1,
     )
+    if isinstance(device := space.get("device"), Choice):
+        case = replace(case, device=device.values[0])
     return replace(case, length=960) if space.get("length") else case
 
 

@@ -226,7 +226,7 @@ def _summary(plan: Plan, outcomes: Sequence[Outcome], seconds: float) -> str:
     verdict = verdict_of(outcomes, len(plan.units))
     style = STYLES.get(verdict, "bold yellow")
     return (
-        f"\n[{style}]{verdict}[/]: {parts}; sampled {cases} cases, {assertions} assertions, "
+        f"\n[{style}]{verdict}[/]: {parts}; {cases} cases, {assertions} assertions, "
         f"{seconds:.1f} s (profile {plan.profile}, seed {plan.seed}, {' and '.join(plan.devices)})"
     )
 

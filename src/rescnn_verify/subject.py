@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rescnn_verify.case import Case, Config
-from rescnn_verify.compare import Falsified, attempt
+from rescnn_verify.compare import Falsified, NotApplicable, attempt
 from rescnn_verify.handles import BlockHandles
 from rescnn_verify.target import Target, TargetError
 
@@ -45,10 +46,6 @@ CONTEXTS = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
 }
-
-
-class NotApplicable(Exception):
-    """The target does not support what a property needs, which only running it could tell."""
 
 
 class NothingCompiledError(RuntimeError):
@@ -98,6 +95,8 @@ class Subject:
 
     def twin(self, model: nn.Module, case: Case) -> nn.Module:
         """The second implementation of a module, with its weights and mode, dtype and device."""
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()  # after some models it compiles no more, with only a log line
         make = self.target.twin
         assert make is not None, "a property that compares two must list it among its needs"
         other = attempt(
@@ -237,7 +236,7 @@ def environment() -> Iterator[None]:
     """
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with (
-        torch.random.fork_rng(),
+        torch.random.fork_rng(devices=_cuda_devices()),
         torch.backends.nnpack.flags(enabled=False),
         torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=False
@@ -263,6 +262,12 @@ def environment() -> Iterator[None]:
             matmul.allow_bf16_reduced_precision_reduction = before[2]
             np.random.set_state(numpy_state)
             random.setstate(python_state)
+
+
+def _cuda_devices() -> list[int]:
+    """The CUDA device in use, if one is: asking for its state would start it."""
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return [torch.cuda.current_device()] if in_use else []
 
 
 def seed_torch(seed: int) -> None:

@@ -152,8 +152,7 @@ class Target:
     def source_files(self) -> frozenset[str]:
         """The files of the target's own code, as tracebacks name them."""
         if self.constructor is None:
-            parts = (self.build, self.call, self.twin)
-            return frozenset(_file_of(part) for part in parts if part) - _FOREIGN
+            return frozenset({_file_of(self.build), _file_of(self.call)}) - _FOREIGN
         modules = (sys.modules.get(base.__module__) for base in self.constructor.__mro__)
         files = {str(getattr(module, "__file__", "")) for module in modules}
         return frozenset(file for file in files if file not in _FOREIGN)
@@ -179,7 +178,10 @@ def load(spec: str) -> Target:
     """
     fast, against, plain = spec.partition(AGAINST)
     if against:
-        return replace(load(plain), name=spec, twin=_twin(fast))
+        found, twin = load(plain), _find(fast)
+        if isinstance(twin, Target) and not twin.traits.direct_convolution:
+            found = replace(found, traits=replace(found.traits, direct_convolution=False))
+        return replace(found, name=spec, twin=_twin(fast))
     found = _find(spec)
     if isinstance(found, Target):
         return replace(found, name=spec)

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
+
 from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import Falsified, describe
 from rescnn_verify.statement import Property
@@ -49,7 +51,7 @@ def run_trial(
             if tally is not None:
                 tally.assertions += 1
             raise
-        except TargetError:
+        except (TargetError, torch.OutOfMemoryError):
             raise
         except NotApplicable as reason:
             if tally is None:

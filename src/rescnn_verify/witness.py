@@ -16,7 +16,7 @@ import torch
 
 from rescnn_verify import __version__
 from rescnn_verify.case import Case, CaseError
-from rescnn_verify.compare import Falsified
+from rescnn_verify.compare import Falsified, NotApplicable
 from rescnn_verify.statement import find_property
 from rescnn_verify.subject import environment
 from rescnn_verify.target import load
@@ -28,7 +28,7 @@ VERSION = 1
 
 
 class WitnessError(ValueError):
-    """A file that is not a witness."""
+    """A file that is not a witness, or one that cannot be run here."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,19 @@ def reproduce(name: str, target: str, *cases: Mapping[str, Any]) -> None:
 
     Raises:
         Falsified: the property is false of the target for the last case.
-        PropertyError, TargetError, CaseError: it could not be run.
+        WitnessError, PropertyError, TargetError, CaseError: it could not be run.
     """
-    prop = find_property(name)
+    prop, loaded = find_property(name), load(target)
     trial = tuple(Case.from_json(case) for case in cases)
-    with environment():
-        run_trial(prop, load(target), trial)
+    if missing := prop.missing(loaded):
+        raise WitnessError(f"{name} does not apply to {target}: {missing}")
+    if any(case.device == "cuda" for case in trial) and not torch.cuda.is_available():
+        raise WitnessError(f"{name}: the case needs a CUDA device, and there is none")
+    try:
+        with environment():
+            run_trial(prop, loaded, trial)
+    except NotApplicable as reason:
+        raise WitnessError(f"{name} does not apply to {target}: {reason}") from reason
 
 
 def replay(witness: Witness) -> Falsified | None:

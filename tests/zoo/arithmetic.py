@@ -264,3 +264,12 @@ class PointwiseWithoutBias(Stack):
 class BlockBranchesAveraged(Block):
     def join(self, outputs):
         return super().join(outputs) / len(outputs)
+
+
+@wrong("arithmetic", "under autocast the fusion skips its norm")
+class SkipsNormUnderAutocast(Stack):
+    class Block(Block):
+        def fuse(self, y):
+            if not torch.is_autocast_enabled("cpu"):
+                return super().fuse(y)
+            return self.drop(self.convolve(self.fusion[0], y))

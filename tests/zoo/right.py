@@ -556,3 +556,15 @@ class MergedConvolution(Stack):
                 torch.relu(self.normalise(branch[1], part))
                 for branch, part in zip(self.branches, parts, strict=True)
             ]
+
+
+@right("the constructor and the forward pass look at data")
+class LooksAtData(Stack):
+    def build(self):
+        steps = torch.linspace(0, self.p, self.num_blocks)
+        self.rates = [float(step) for step in steps]
+        super().build()
+
+    def forward(self, x):
+        quiet = not bool(x.any())
+        return super().forward(x) if not quiet else super().forward(x.clone())

@@ -46,6 +46,10 @@ def lipschitz_bound(blocks: Sequence[BlockHandles], *, length: int | None = None
     Returns:
         The product over the blocks of `block_gain`, within a few per cent of the norm for one
         block and ever looser for more (see docs/bounds.md).
+
+    Raises:
+        UnsupportedLayerError: a convolution that is strided, dilated, grouped, of an even kernel,
+            or not padded with zeros.
     """
     return stack_gain(read_network(blocks), length=length).norm
 
@@ -87,7 +91,7 @@ def block_gain(
     ‖F‖‖W‖ and ‖F T⁻¹‖‖T W‖ are such ρ for any positive diagonal T, which commutes with D₁; here
     T_i = √(‖F_:i‖ / ‖W_i‖). As D₁ = ½(I + S) with ‖S‖ = 1, also ‖J‖ ≤ ‖I + ½FW‖ + ½‖F‖‖W‖.
 
-    In training a norm's Jacobian is γ/√(variance + eps) times a projection in each channel (Ioffe
+    In training a norm's Jacobian is γ/√(variance + eps) times a contraction in each channel (Ioffe
     and Szegedy 2015), which commutes with T and shortens; ρ stands, with the batch's variance and F
     divided by 1 − p.
     """

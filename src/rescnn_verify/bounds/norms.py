@@ -18,6 +18,9 @@ Array = np.ndarray
 #: Sampled frequencies for each degree of the symbol; cos(π/24) costs 0.9 %.
 OVERSAMPLING = 24
 
+#: A trial value for matrices of zeros.
+TINY = 2.0**-1000
+
 #: Elements of the matrices that are factorised together.
 IN_CACHE = 2**19
 
@@ -66,13 +69,13 @@ def conv_norm_bound(
 
 def _dense_bound(weight: Array, length: int | None, dilation: int) -> float:
     degree = weight.shape[2] // 2
-    if length is not None:  # taps that never meet the signal
+    if length is not None and weight.shape[2] % 2:  # taps that never meet the signal
         reach = min(degree, (length - 1) // dilation)
         weight, degree = weight[:, :, degree - reach : degree + reach + 1], reach
     largest = float(np.abs(weight).max(initial=0.0))
     if largest == 0.0:
         return 0.0
-    scale = math.ldexp(1.0, math.frexp(largest)[1])  # exact; squares neither over- nor underflow
+    scale = math.ldexp(1.0, math.frexp(largest)[1] - 1)  # exact; squares stay in range
     weight = weight / scale
     count = max(1, OVERSAMPLING * degree)
     bound = _largest_at(weight, count, 1) / math.cos(math.pi * degree / count)
@@ -137,7 +140,9 @@ def largest_eigenvalue_bound(batches: Iterable[Tensor], error: float = 0.0) -> f
             if len(rest):
                 largest = float(torch.linalg.eigvalsh(rest[len(rest) // 2])[-1])
                 # Raised by more than the next factorisation's own round-off uses up.
-                bound = (max(bound, largest) + error) * (1 + 1e-9 + 4 * gamma(4 * (n + 2)) * n)
+                bound = max(bound, largest, TINY) + error
+                bound *= 1 + 1e-9 + 4 * gamma(4 * (n + 2)) * n
     # The trace is at most n · bound, and each diagonal element of cI − M is rounded once.
     own = gamma(4 * (n + 2))
-    return (bound * (1 + (own / (1 - own) + UNIT["float64"]) * n) + error) * (1 + gamma(8))
+    trace = (own / (1 - own) + UNIT["float64"]) * n
+    return (bound + error) * (1 + trace) * (1 + gamma(8))

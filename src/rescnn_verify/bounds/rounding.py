@@ -11,9 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rescnn_verify.bounds.roundoff import FORMATS, Format
+from rescnn_verify.bounds.roundoff import FORMATS, TF32, Format
 
-__all__ = ["Approximation", "UnknownOperationError", "convolve", "error_bound", "normalise"]
+__all__ = [
+    "Approximation",
+    "UnknownOperationError",
+    "convolve",
+    "error_bound",
+    "exactly",
+    "normalise",
+]
 
 
 class UnknownOperationError(ValueError):
@@ -57,9 +64,13 @@ def error_bound(module: nn.Module, x: Tensor) -> Approximation:
     The network is traced by `torch.export`, and each operation carries a value and a bound on its
     error (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 3.1 and 3.3):
     a sum of n products in any order is off by at most γ_n Σ|w||v|, a stored result by its unit
-    round-off. float16 and bfloat16 sum in float32. The values themselves are computed in float64;
-    what that is off by, at most as much again for float64 and below 2^-20 of the bound otherwise,
-    is included. Sharp to about 40 channels; with 512 channels end to end it says little.
+    round-off. float16 and bfloat16 sum in float32. The values themselves
+    are computed in float64; what that is off by is included. Sharp to about 40 channels; with 512
+    channels end to end it says little.
+
+    It holds for direct convolution. torch may use other algorithms: NNPACK for large float32
+    batches without oneDNN (``torch.backends.nnpack.flags(enabled=False)`` forbids it), FFT,
+    Winograd or reduced-precision sums on CUDA. TF32 is reckoned with where it is on.
 
     Args:
         module: in eval mode, its parameters of x's dtype and on its device; made of Conv1d,
@@ -79,14 +90,15 @@ def error_bound(module: nn.Module, x: Tensor) -> Approximation:
     given = _inputs(program, x)
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            results[node] = _exactly(given[node.name])
+            results[node] = exactly(given[node.name])
         elif node.op == "call_function":
             arguments = torch.fx.node.map_arg(node.args, results.__getitem__)
             options = torch.fx.node.map_arg(dict(node.kwargs), results.__getitem__)
             results[node] = _operation(node.target)(form, *arguments, **options)
         elif node.op == "output":
             (out,) = torch.fx.node.map_arg(node.args[0], results.__getitem__)
-    return _with_own_error(form, out)
+    assert isinstance(out, Approximation)
+    return out
 
 
 def _format_of(module: nn.Module, x: Tensor) -> Format:
@@ -96,6 +108,8 @@ def _format_of(module: nn.Module, x: Tensor) -> Format:
     for key, parameter in module.named_parameters():
         if parameter.dtype != x.dtype:
             raise ValueError(f"x is {x.dtype}, but the parameter {key} is {parameter.dtype}")
+    if x.is_cuda and name == "float32" and torch.backends.cudnn.allow_tf32:
+        return TF32
     return FORMATS[name]
 
 
@@ -111,15 +125,16 @@ def _inputs(program: torch.export.ExportedProgram, x: Tensor) -> Mapping[str, Te
     return given | {name: x for name in signature.user_inputs}
 
 
-def _exactly(tensor: Tensor) -> Approximation:
-    values = tensor.detach().double()
+def exactly(tensor: Tensor) -> Approximation:
+    """What is given: nothing has been rounded yet."""
+    values = tensor.detach().cpu().double()
     return Approximation(values, torch.zeros_like(values))
 
 
-def _with_own_error(form: Format, out: Approximation) -> Approximation:
-    """The bound, and what the values in float64 and the bound itself may be off by."""
+def _gamma(form: Format, terms: int, stored: int) -> float:
+    """γ for a computation in ``form`` and, where it is no wider, for that of the oracle, too."""
     own = 2.0 if form.dtype == "float64" else 1.0
-    return Approximation(out.exact, out.bound * (own + 2.0**-20))
+    return own * float(form.gamma(terms, stored))
 
 
 def convolve(
@@ -137,7 +152,7 @@ def convolve(
     magnitude = weight.abs()
     size = F.conv1d(x.most, magnitude, None if bias is None else bias.abs(), **options)
     bound = F.conv1d(x.bound, magnitude, **options)
-    bound = bound + float(form.gamma(terms, 2)) * size + terms * form.smallest
+    bound = bound + _gamma(form, terms, 2) * size + terms * form.smallest
     return _finite(form, Approximation(F.conv1d(x.exact, weight, bias, **options), bound))
 
 
@@ -157,7 +172,7 @@ def normalise(
     """
     slope = (scale / (variance + eps).sqrt())[:, None]
     size = slope.abs() * (x.most + mean.abs()[:, None]) + shift.abs()[:, None]
-    bound = slope.abs() * x.bound + float(form.gamma(9, 9)) * size + 4 * form.smallest
+    bound = slope.abs() * x.bound + _gamma(form, 9, 9) * size + 4 * form.smallest
     exact = slope * (x.exact - mean[:, None]) + shift[:, None]
     return _finite(form, Approximation(exact, bound))
 
@@ -211,7 +226,7 @@ def _relu(form: Format, x: Approximation) -> Approximation:
 def _add(form: Format, a: Approximation, b: Approximation, *, alpha: float = 1) -> Approximation:
     if alpha != 1 or not isinstance(b, Approximation):
         raise UnknownOperationError("error_bound knows sums of two tensors without a factor")
-    unit = float(form.gamma(1, 1))
+    unit = _gamma(form, 1, 1)
     return _finite(
         form, Approximation(a.exact + b.exact, a.bound + b.bound + unit * (a.most + b.most))
     )

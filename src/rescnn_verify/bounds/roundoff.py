@@ -36,8 +36,8 @@ class Format:
         accumulation: unit round-off in which products are summed.
         smallest: what underflow loses at most.
         largest: the largest finite value.
-        exact: the NumPy type in which an oracle for it computes: wide enough that the oracle's own
-            round-off is below 2^-20 of the bound.
+        exact: the NumPy type in which an oracle for it computes. The oracle's own round-off is
+            below 2^-10 of the bound, which includes it.
     """
 
     dtype: str
@@ -58,7 +58,7 @@ class Format:
         total = gamma(terms, self.accumulation)
         if self.unit > self.accumulation:
             total += gamma(stored, self.unit) * (1 + total)
-        return self.exact(total)
+        return self.exact(total * (1 + 2.0**-10))
 
 
 FLOAT64 = Format("float64", UNIT["float64"], UNIT["float64"], 5e-324, 2.0**1023, np.longdouble)

@@ -45,6 +45,7 @@ class ExactPass:
         forward_bits, backward_bits, weight_bits: bits of the significand that the pass needs, in
             whatever order sums are taken; each includes those before it.
         kink: whether some ReLU had an input of exactly 0, where any subgradient is right.
+        masks: where each ReLU's input is positive, in the order of evaluation.
     """
 
     out: Array
@@ -54,6 +55,7 @@ class ExactPass:
     backward_bits: float
     weight_bits: float
     kink: bool
+    masks: tuple[Array, ...]
 
 
 class _Bits:
@@ -84,6 +86,7 @@ def exact_pass(
     """
     forward, backward, weights = _Bits(), _Bits(), _Bits()
     kink = False
+    masks: list[Array] = []
     tape = []
     out, unit = x, 1.0
     for block in network:
@@ -93,6 +96,7 @@ def exact_pass(
         fused = _exact_layer(block.fusion, joined, forward, unit * fraction**2)
         forward.need(np.abs(out) + fused.magnitude, unit * fraction**2)
         total = out + fused.out
+        masks += [*(step.out > 0 for step in inside), total > 0]
         kink |= bool((total == 0).any())
         tape.append((inside, fused, total, unit))
         out, unit = np.maximum(total, 0), unit * fraction**2
@@ -114,7 +118,14 @@ def exact_pass(
         gradients.insert(0, tuple(layers))
     needed = max(forward.most, backward.most)
     return ExactPass(
-        out, gradient, tuple(gradients), forward.most, needed, max(needed, weights.most), kink
+        out,
+        gradient,
+        tuple(gradients),
+        forward.most,
+        needed,
+        max(needed, weights.most),
+        kink,
+        tuple(masks),
     )
 
 

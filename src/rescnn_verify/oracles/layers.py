@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rescnn_verify.compare import NotApplicable
 from rescnn_verify.handles import BlockHandles, ConvNorm
 
 __all__ = [
     "Array",
     "Block",
     "Layer",
+    "UnsupportedLayerError",
     "apply",
     "column",
     "columns_of",
@@ -25,6 +27,10 @@ __all__ = [
 ]
 
 Array = np.ndarray
+
+
+class UnsupportedLayerError(NotApplicable, ValueError):
+    """A layer that the reference architecture does not have."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,12 @@ def write_network(network: Sequence[Block], blocks: Sequence[BlockHandles]) -> N
 
 
 def read_network(blocks: Sequence[BlockHandles]) -> tuple[Block, ...]:
-    """The network that a model's parameters and running statistics describe, in float64."""
+    """The network that a model's parameters and running statistics describe, in float64.
+
+    Raises:
+        UnsupportedLayerError: a convolution that is not the architecture's: strided, dilated,
+            grouped, of an even kernel, or padded with anything but zeros.
+    """
     return tuple(
         Block(tuple(_read_layer(b) for b in block.branches), _read_layer(block.fusion))
         for block in blocks
@@ -83,6 +94,12 @@ def read_network(blocks: Sequence[BlockHandles]) -> tuple[Block, ...]:
 
 def _read_layer(layer: ConvNorm) -> Layer:
     conv, norm = layer.conv, layer.norm
+    plain = (conv.stride, conv.dilation, conv.groups, conv.padding_mode)
+    if plain != ((1,), (1,), 1, "zeros") or conv.weight.shape[2] % 2 == 0:
+        raise UnsupportedLayerError(
+            "only convolutions of an odd kernel with stride, dilation and groups 1 and zero "
+            f"padding are known, got {conv}"
+        )
     bias = np.zeros(conv.weight.shape[0]) if conv.bias is None else _array(conv.bias)
     assert norm.running_mean is not None and norm.running_var is not None
     return Layer(

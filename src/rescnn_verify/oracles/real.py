@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rescnn_verify.bounds.roundoff import FLOAT64, Format
+from rescnn_verify.compare import NotApplicable
 from rescnn_verify.oracles.layers import (
     Array,
     Block,
@@ -75,6 +76,8 @@ class RealPass:
         input_gradient: Jᵀv, None without v.
         gradients: of the parameters, as in `ExactPass`; empty without v.
         kink: whether some ReLU's input is so close to 0 that round-off may switch it.
+        in_range: whether every value on the way surely stays below the largest of the format; if
+            not, nothing is claimed.
     """
 
     out: Bounded
@@ -82,6 +85,7 @@ class RealPass:
     input_gradient: Bounded | None
     gradients: tuple[tuple[RealGradients, ...], ...]
     kink: bool
+    in_range: bool
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class _RealStep:
         root: 1/√(variance + eps).
         root_relative: relative error of ``root``.
         out: the norm's output.
+        reach: the largest magnitudes on the way, with the norm folded into the weights or not.
         terms: how many products each of its values is a sum of.
         statistics: of the batch, after a training pass.
     """
@@ -105,6 +110,7 @@ class _RealStep:
     root: Array
     root_relative: Array
     out: Bounded
+    reach: Array
     terms: int
     statistics: TrainStatistics | None
 
@@ -132,7 +138,9 @@ def real_pass(
         form: the format that the bounds are for. What is stored on the way may be rounded as often
             as a kernel has taps or a fusion has branches, and a few times more.
     """
-    out = _given(x, form)
+    if form is FLOAT64 and np.finfo(form.exact).nmant <= np.finfo(np.float64).nmant:
+        raise NotApplicable("long double is no wider than float64 on this machine")
+    out, reach = _given(x, form), _Reach()
     kink = False
     tape = []
     for block in network:
@@ -143,8 +151,9 @@ def real_pass(
             np.concatenate([a.error for a in active], 1),
         )
         fused = _real_layer(block.fusion, joined, train, form, parts=len(block.branches))
-        total = _sum(out, fused.out, fused.terms, form)
+        total = _sum(out, fused.out, fused.terms, len(inside), form)
         kink |= any(_undecided(step.out) for step in inside) or _undecided(total)
+        reach.note(*(step.reach for step in (*inside, fused)), total.most)
         tape.append((inside, fused, total))
         out = _relu(total)
     statistics = tuple(
@@ -152,7 +161,7 @@ def real_pass(
         for inside, fused, _ in tape
     )
     if v is None:
-        return RealPass(out, statistics, None, (), kink)
+        return RealPass(out, statistics, None, (), kink, bool(reach.most < form.largest))
     gradient = _given(v, form)
     gradients: list[tuple[RealGradients, ...]] = []
     for block, (inside, fused, total) in zip(reversed(network), reversed(tape), strict=True):
@@ -164,10 +173,28 @@ def real_pass(
             end = at + layer.weight.shape[0]
             share = Bounded(back.value[:, at:end], back.error[:, at:end])
             part, grads = _real_back(layer, step, _masked(share, step.out), train, form)
-            gradient, at = _sum(gradient, part, block.fusion.weight.shape[0] * kernels, form), end
+            gradient, at = (
+                _sum(gradient, part, block.fusion.weight.shape[0] * kernels, kernels, form),
+                end,
+            )
             layers.append(grads)
+            reach.note(share.most, part.most, gradient.most, grads.weight.most, grads.scale.most)
         gradients.insert(0, (*layers, own))
-    return RealPass(out, statistics, gradient, tuple(gradients), kink)
+        reach.note(back.most, own.weight.most, own.scale.most)
+    in_range = bool(reach.most < form.largest)
+    return RealPass(out, statistics, gradient, tuple(gradients), kink, in_range)
+
+
+class _Reach:
+    """The largest magnitude met so far; NaN once there was one without a bound."""
+
+    def __init__(self) -> None:
+        self.most = 0.0
+
+    def note(self, *magnitudes: Array) -> None:
+        for magnitude in magnitudes:
+            largest = float(np.max(magnitude, initial=0.0))
+            self.most = largest if np.isnan(largest) else max(self.most, largest)
 
 
 def _relu(x: Bounded) -> Bounded:
@@ -185,9 +212,9 @@ def _masked(gradient: Bounded, x: Bounded) -> Bounded:
     )
 
 
-def _sum(a: Bounded, b: Bounded, terms: int, form: Format) -> Bounded:
-    """The sum, where b is itself a sum of terms to which a may have been added first."""
-    error = a.error + b.error + form.gamma(terms + 8, 8) * a.most + form.gamma(8, 8) * b.most
+def _sum(a: Bounded, b: Bounded, terms: int, stored: int, form: Format) -> Bounded:
+    """The sum, where both may be taken apart into the terms of either and added in any order."""
+    error = a.error + b.error + form.gamma(terms + 8, stored + 8) * (a.most + b.most)
     return Bounded(a.value + b.value, error)
 
 
@@ -214,6 +241,7 @@ def _real_layer(
     relative = np.where(certain > 0, variance.error / np.where(certain > 0, certain, 1), np.nan)
     relative = np.expm1(np.log1p(relative) / 2)  # that of the inverse root: √(total/certain) − 1
     root = 1 / np.sqrt(total)
+    before = size + z.error
     size = column(root) * (size + column(mean.most))
     normalised = column(root) * (z.value - column(mean.value))
     off = column(root * (1 + relative)) * (z.error + column(mean.error))
@@ -222,9 +250,9 @@ def _real_layer(
     off = off + (form.gamma(terms + 10, stored + 6) * size) * (1 + column(relative)) + form.smallest
     out = column(layer.scale) * normalised + column(layer.shift)
     scale = column(np.abs(layer.scale))
-    out_error = scale * off + form.gamma(4, 4) * (
-        scale * (size + off) + column(np.abs(layer.shift))
-    )
+    # A folded shift is a bias: it goes through the whole sum.
+    shifted = form.gamma(terms + 10, stored + 6) * column(np.abs(layer.shift))
+    out_error = scale * off + form.gamma(4, 4) * scale * (size + off) + shifted
     return _RealStep(
         columns,
         Bounded(normalised, off),
@@ -232,6 +260,7 @@ def _real_layer(
         root,
         relative,
         Bounded(out, out_error + form.smallest),
+        np.maximum(before, scale * (size + off) + column(np.abs(layer.shift))),
         terms,
         statistics,
     )
