@@ -4,11 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from rescnn_verify.compare import equal, holds, refuses, same_bits, same_tensors
-from rescnn_verify.needs import BATCH_NORM, CHANNEL_DROPOUT, DIRECT, HANDLES, POST_ACTIVATION
+from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify
 from rescnn_verify.probes import as_input, called_within, normal_input, randomise
 from rescnn_verify.space import INPUTS, Choice, Integers, Space
@@ -206,38 +204,6 @@ def frozen_norms_use_their_statistics(subject, case):
     out = subject(model, as_input(case, found.x))
     yield same_bits(out, found.expected.out, "output of a training model with frozen norms")
     yield _same_state(model, before, "after a training call with frozen norms")
-
-
-@statement(
-    space=INPUTS.narrow(
-        mode=Choice("eval", "train"), dropout=Choice(1.0), batch=Integers(1, 33),
-        length=Integers(1, 300),
-    ),
-    needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, CHANNEL_DROPOUT, DIRECT),
-    work=2**16, effort=0.6)  # fmt: skip
-def dropout_modules_obey_their_own_mode(subject, case):
-    """A dropout module in train mode drops in an eval model, and one in eval mode never drops.
-
-    The first is Monte Carlo dropout. With p = 1 the output is then relu(x); without dropout and
-    with frozen norms it is, on a certified integer network, NumPy's of eval mode. Not applicable to
-    a model that has no dropout module.
-    """
-    model = subject.model(case)
-    found = certify(subject.handles(model, case), case, bits="forward_bits")
-    if found is None:
-        return
-    dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd)]
-    if not dropouts:
-        raise NotApplicable("the model has no dropout module")
-    for module in model.modules():
-        if isinstance(module, _NormBase):
-            module.eval()
-    for module in dropouts:
-        module.train(case.mode == "eval")
-    x = as_input(case, found.x)
-    expected = torch.relu(x) if case.mode == "eval" else found.expected.out
-    what = "dropping" if case.mode == "eval" else "not dropping"
-    yield same_bits(subject(model, x), expected, f"output in {case.mode} mode, dropouts {what}")
 
 
 def _generators(case):

@@ -238,13 +238,6 @@ class IgnoresFrozenNorms(Stack):
             return norm(x)
 
 
-@wrong("modes", "dropout uses the block's mode instead of its module's")
-class IgnoresDropoutMode(Stack):
-    class Block(Block):
-        def drop(self, y):
-            return F.dropout1d(y, self.fusion[2].p, self.training) if y.shape[0] else y
-
-
 @wrong("modes", "the running statistics learn ever less, as an average over all batches would")
 class MomentumDecays(Stack):
     class Block(Block):

@@ -560,6 +560,8 @@ class MergedConvolution(Stack):
 
 @right("the constructor and the forward pass look at data")
 class LooksAtData(Stack):
+    runs_on_meta = False
+
     def build(self):
         steps = torch.linspace(0, self.p, self.num_blocks)
         self.rates = [float(step) for step in steps]
