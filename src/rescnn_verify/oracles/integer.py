@@ -13,6 +13,7 @@ import numpy as np
 from rescnn_verify.oracles.layers import (
     Array,
     Block,
+    Gradients,
     Layer,
     apply,
     column,
@@ -21,17 +22,7 @@ from rescnn_verify.oracles.layers import (
     transposed,
 )
 
-__all__ = ["ExactPass", "LayerGradients", "exact_pass"]
-
-
-@dataclass(frozen=True)
-class LayerGradients:
-    """Gradients of a layer's parameters, each in the shape of the parameter."""
-
-    weight: Array
-    bias: Array
-    scale: Array
-    shift: Array
+__all__ = ["ExactPass", "exact_pass"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class ExactPass:
 
     out: Array
     input_gradient: Array
-    gradients: tuple[tuple[LayerGradients, ...], ...]
+    gradients: tuple[tuple[Gradients[Array], ...], ...]
     forward_bits: float
     backward_bits: float
     weight_bits: float
@@ -101,7 +92,7 @@ def exact_pass(
         tape.append((inside, fused, total, unit))
         out, unit = np.maximum(total, 0), unit * fraction**2
     gradient = v
-    gradients: list[tuple[LayerGradients, ...]] = []
+    gradients: list[tuple[Gradients[Array], ...]] = []
     for block, (inside, fused, total, unit) in zip(reversed(network), reversed(tape), strict=True):
         through = np.where(total > 0, gradient, 0.0)
         back, _, own = _exact_back(block.fusion, fused, through, backward, weights, unit * fraction)
@@ -172,7 +163,7 @@ def _exact_layer(layer: Layer, x: Array, bits: _Bits, unit: float) -> _Step:
 
 def _exact_back(
     layer: Layer, step: _Step, g: Array, backward: _Bits, weights: _Bits, unit: float
-) -> tuple[Array, Array, LayerGradients]:
+) -> tuple[Array, Array, Gradients[Array]]:
     """The gradient at a layer's input, its terms' magnitudes, and the parameters' gradients.
 
     Args:
@@ -192,7 +183,7 @@ def _exact_back(
     return (
         apply(columns, weight, batch),
         terms,
-        LayerGradients(
+        Gradients(
             weight=(rows @ step.columns).reshape(layer.weight.shape),
             bias=rows.sum(axis=1),
             scale=(g * step.convolved).sum(axis=(0, 2)) / np.sqrt(layer.variance),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from rescnn_verify.handles import BlockHandles, ConvNorm
 __all__ = [
     "Array",
     "Block",
+    "Gradients",
     "Layer",
     "UnsupportedLayerError",
     "apply",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 Array = np.ndarray
+T = TypeVar("T")
 
 
 class UnsupportedLayerError(NotApplicable, ValueError):
@@ -59,6 +62,16 @@ class Block:
 
     branches: tuple[Layer, ...]
     fusion: Layer
+
+
+@dataclass(frozen=True)
+class Gradients(Generic[T]):
+    """Gradients of a layer's parameters, each in the shape of the parameter."""
+
+    weight: T
+    bias: T
+    scale: T
+    shift: T
 
 
 def write_network(network: Sequence[Block], blocks: Sequence[BlockHandles]) -> None:

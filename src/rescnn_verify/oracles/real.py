@@ -11,6 +11,7 @@ from rescnn_verify.compare import NotApplicable
 from rescnn_verify.oracles.layers import (
     Array,
     Block,
+    Gradients,
     Layer,
     apply,
     column,
@@ -19,7 +20,7 @@ from rescnn_verify.oracles.layers import (
     transposed,
 )
 
-__all__ = ["Bounded", "RealGradients", "RealPass", "TrainStatistics", "real_pass"]
+__all__ = ["Bounded", "RealPass", "TrainStatistics", "real_pass"]
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,6 @@ class TrainStatistics:
 
 
 @dataclass(frozen=True)
-class RealGradients:
-    """Gradients of a layer's parameters, each in the shape of the parameter."""
-
-    weight: Bounded
-    bias: Bounded
-    scale: Bounded
-    shift: Bounded
-
-
-@dataclass(frozen=True)
 class RealPass:
     """Forward and backward pass of a real-valued network.
 
@@ -83,7 +74,7 @@ class RealPass:
     out: Bounded
     statistics: tuple[tuple[TrainStatistics, ...], ...]
     input_gradient: Bounded | None
-    gradients: tuple[tuple[RealGradients, ...], ...]
+    gradients: tuple[tuple[Gradients[Bounded], ...], ...]
     kink: bool
     in_range: bool
 
@@ -163,7 +154,7 @@ def real_pass(
     if v is None:
         return RealPass(out, statistics, None, (), kink, bool(reach.most < form.largest))
     gradient = _given(v, form)
-    gradients: list[tuple[RealGradients, ...]] = []
+    gradients: list[tuple[Gradients[Bounded], ...]] = []
     for block, (inside, fused, total) in zip(reversed(network), reversed(tape), strict=True):
         gradient = _masked(gradient, total)
         back, own = _real_back(block.fusion, fused, gradient, train, form)
@@ -296,7 +287,7 @@ def _batch_statistics(
 
 def _real_back(
     layer: Layer, step: _RealStep, g: Bounded, train: bool, form: Format
-) -> tuple[Bounded, RealGradients]:
+) -> tuple[Bounded, Gradients[Bounded]]:
     """The gradient at a layer's input and those of its parameters, given that at its output.
 
     Training, the statistics depend on the input: with n the normalised values, the gradient before
@@ -336,7 +327,7 @@ def _real_back(
     own = row_errors @ columns.most + np.abs(rows) @ columns.error
     own = own + form.gamma(m + 10, 10) * (row_sizes @ columns.most)
     row_error = row_errors.sum(axis=1) + form.gamma(m, 2) * row_sizes.sum(axis=1)
-    return back, RealGradients(
+    return back, Gradients(
         weight=Bounded(
             (rows @ columns.value).reshape(layer.weight.shape), own.reshape(layer.weight.shape)
         ),
