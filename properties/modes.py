@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from rescnn_verify.compare import equal, holds, refuses, same_bits, same_tensors
-from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
+from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION, REENTRANT
 from rescnn_verify.networks import certify
 from rescnn_verify.probes import as_input, called_within, normal_input, randomise
 from rescnn_verify.space import INPUTS, Choice, Integers, Space
@@ -35,7 +35,7 @@ def eval_is_deterministic(subject, case):
     yield _same_state(model, buffers, "after two calls in eval mode")
 
 
-@statement(space=EVAL.narrow(recording=Choice(False, True)), effort=0.5)
+@statement(space=EVAL.narrow(recording=Choice(False, True)), needs=(REENTRANT,), effort=0.5)
 def a_call_within_a_call_leaves_it_alone(subject, case):
     """In eval mode a call that is made while another one is under way changes neither.
 

@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from rescnn_verify.drawing import RandomDraw, draw_trial
-from rescnn_verify.engine import FALSIFIED, PROFILES, QUIET, Outcome, check_property
+from rescnn_verify.engine import PROFILES, check_property
+from rescnn_verify.outcome import FALSIFIED, QUIET, Outcome
 from rescnn_verify.space import ARCHITECTURES, INPUTS
 from rescnn_verify.statement import all_properties
 from rescnn_verify.target import contract_target

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rescnn_verify.engine import FALSIFIED, HELD, NOT_APPLICABLE, PROFILES, check_property
+from rescnn_verify.engine import PROFILES, check_property
+from rescnn_verify.outcome import FALSIFIED, HELD, NOT_APPLICABLE
 from rescnn_verify.statement import find_property
 from rescnn_verify.target import TargetError, load
 

@@ -10,7 +10,9 @@ from rescnn import ResCNNStack
 from rescnn_verify import Case, Choice, Integers, Space, Target, Traits
 from rescnn_verify.compare import Comparison, Falsified, equal
 from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
-from rescnn_verify.engine import (
+from rescnn_verify.engine import PROFILES, check_property, documented_case
+from rescnn_verify.needs import HANDLES
+from rescnn_verify.outcome import (
     BAD_TARGET,
     FALSIFIED,
     HELD,
@@ -18,16 +20,13 @@ from rescnn_verify.engine import (
     NOT_APPLICABLE,
     NOT_RUN,
     NOTHING_ASSERTED,
-    PROFILES,
-    check_property,
-    documented_case,
 )
-from rescnn_verify.needs import HANDLES
 from rescnn_verify.space import INPUTS, value
 from rescnn_verify.statement import all_properties, find_property, statement
 from rescnn_verify.subject import NotApplicable
 from rescnn_verify.target import TargetError, contract_target
 from rescnn_verify.trial import run_trial
+from tests.zoo.right import SharedWorkspace
 
 QUICK = PROFILES["quick"]
 SMALL = Space(length=Integers(1, 30), seed=Integers(0, 9))
@@ -145,6 +144,14 @@ def test_a_description_that_contradicts_itself_is_a_bad_target():
 def test_an_unknown_trait_is_refused_with_what_is_allowed():
     with pytest.raises(TargetError, match=r"norm='Batch'. is not known; allowed: batch, inst"):
         Traits(norm="Batch")
+
+
+def test_only_who_promises_overlapping_calls_is_held_to_them():
+    prop = find_property("modes.a_call_within_a_call_leaves_it_alone")
+    shared = contract_target(SharedWorkspace, "shared")
+    promising = replace(shared, traits=replace(shared.traits, reentrant=True))
+    assert check_property(prop, shared, profile=QUICK, seed=0).verdict == NOT_APPLICABLE
+    assert check_property(prop, promising, profile=QUICK, seed=0).verdict == FALSIFIED
 
 
 def cases_run(profile, seed):

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from rescnn_verify import Config, Space
-from rescnn_verify.engine import FALSIFIED, HELD, NOT_APPLICABLE, PROFILES, Outcome, check_property
+from rescnn_verify.engine import PROFILES, check_property
+from rescnn_verify.outcome import FALSIFIED, HELD, NOT_APPLICABLE, Outcome
 from rescnn_verify.space import Choice, Integers, Lists
 from rescnn_verify.statement import find_property
 from rescnn_verify.target import Target, load

@@ -7,6 +7,7 @@ import pytest
 
 from rescnn_verify.case import Case
 from rescnn_verify.drawing import WORK, NoCase, RandomDraw, draw_trial
+from rescnn_verify.enumeration import every_case
 from rescnn_verify.space import (
     A_CHANNEL_PER_BRANCH,
     ARCHITECTURES,
@@ -19,7 +20,6 @@ from rescnn_verify.space import (
     Space,
     SpaceError,
     architectural,
-    every_case,
     value,
 )
 from rescnn_verify.statement import all_properties

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import ast
-import functools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+import itertools
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED as FIRST
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from typing import Any
 
-from rescnn_verify.engine import FALSIFIED, PROFILES, Outcome, check_property
+from rescnn_verify.alone import found_so_far, post_mortem, run_alone_to_the_end
+from rescnn_verify.engine import PROFILES, Search
 from rescnn_verify.needs import ANOTHER
+from rescnn_verify.outcome import FALSIFIED, Outcome
 from rescnn_verify.statement import Property, all_properties, find_property
-from rescnn_verify.target import load
-from rescnn_verify.workers import workers
+from rescnn_verify.unit import Unit, run_unit
+from rescnn_verify.workers import Crew
 
-__all__ = ["Plan", "SelectionError", "Unit", "check_unit", "run_plan", "select"]
+__all__ = ["Plan", "SelectionError", "devices_of", "run_plan", "run_units", "select"]
+
+#: Seconds that a unit may take to end after its time is up, before its worker is killed.
+GRACE = 1.5
 
 
 class SelectionError(ValueError):
@@ -33,6 +43,7 @@ class Plan:
         seed: the whole run is a function of it.
         devices: ``"cpu"``, ``"cuda"`` or both.
         stop_early: stop at the first falsified property.
+        space: the user's own space, as `Unit` has it.
     """
 
     target: str
@@ -41,27 +52,29 @@ class Plan:
     seed: int = 0
     devices: tuple[str, ...] = ("cpu",)
     stop_early: bool = False
+    space: Mapping[str, Any] | None = None
 
     @property
     def units(self) -> tuple[Unit, ...]:
         """Each property on each device; what takes no input needs no second device."""
+        profile = PROFILES[self.profile]
         return tuple(
-            Unit(name, device)
+            Unit(
+                name,
+                self.target,
+                Search.of(profile, find_property(name)),
+                seed=self.seed,
+                device=device,
+                space=self.space,
+            )
             for name in self.properties
-            for device in (self.devices if _takes_input(name) else ("cpu",))
+            for device in devices_of(name, self.devices)
         )
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A property on a device: what is handed to a worker."""
-
-    name: str
-    device: str
-
-
-def _takes_input(name: str) -> bool:
-    return find_property(name).space.get("device") is not None
+def devices_of(name: str, devices: tuple[str, ...]) -> tuple[str, ...]:
+    """The devices on which a property is to run: one is enough for what takes no input."""
+    return devices if find_property(name).space.get("device") is not None else ("cpu",)
 
 
 def select(expression: str | None, *, pairs: bool | None = None) -> tuple[Property, ...]:
@@ -104,67 +117,88 @@ def _matches(node: ast.expr, name: str) -> bool:
     raise SelectionError
 
 
-def run_plan(plan: Plan, executor: Executor | None) -> Iterator[Outcome]:
+def run_plan(plan: Plan, crew: Crew) -> Iterator[Outcome]:
     """The outcomes of a plan, each as it comes; fewer if it stops early.
 
     Args:
         plan: what to check.
-        executor: where to run it; None: here, one property after the other.
+        crew: where it runs.
     """
-    for outcome in _outcomes(plan, executor):
+    for _, outcome in run_units(iter(plan.units), crew):
         yield outcome
         if plan.stop_early and outcome.verdict == FALSIFIED:
             return
 
 
-def _outcomes(plan: Plan, executor: Executor | None) -> Iterator[Outcome]:
-    if executor is None:
-        yield from (check_unit(plan, unit) for unit in plan.units)
+def run_units(
+    units: Iterator[Unit], crew: Crew, *, until: Callable[[], float] = lambda: math.inf
+) -> Iterator[tuple[Unit, Outcome]]:
+    """Units with their outcomes, each as it comes.
+
+    A unit is taken from the iterator only when a worker is free for it, so that what came before
+    can decide what comes next. When a worker ends, what ran is looked into: the unit that ended it
+    is falsified, the others run again.
+
+    Args:
+        units: what to run.
+        crew: where.
+        until: when to stop, in seconds of `time.monotonic`. What runs then is ended, and what it
+            has found by then is kept; asked again and again, as it may come sooner.
+    """
+    again: list[Unit] = []
+    running: dict[Future[str], Unit] = {}
+    with tempfile.TemporaryDirectory(prefix="rescnn-verify-") as folder:
+        for number in itertools.count():
+            while len(running) < crew.size and time.monotonic() < until():
+                unit = again.pop() if again else next(units, None)
+                if unit is None:
+                    break
+                if crew.together:
+                    unit = replace(unit, journal=f"{folder}/{number}-{len(running)}")
+                running[crew.submit(run_unit, unit.dumps())] = unit
+            if not running:
+                return
+            left = until() - time.monotonic()
+            wait(running, None if left == math.inf else max(0.0, left) + GRACE, return_when=FIRST)
+            done = [future for future in running if future.done()]
+            if not done:
+                break
+            lost = []
+            for future in done:
+                unit = running.pop(future)
+                try:
+                    yield unit, Outcome.from_json(json.loads(future.result()))
+                except crew.lost:
+                    lost.append(unit)
+            if lost and crew.together:
+                lost += running.values()
+                running.clear()
+                crew.restart()
+            if lost:
+                yield from _after_a_loss(lost, again, until())
+        crew.kill()
+        for unit in running.values():
+            if outcome := found_so_far(unit):
+                yield unit, outcome
+
+
+def _after_a_loss(
+    lost: Sequence[Unit], again: list[Unit], until: float
+) -> Iterator[tuple[Unit, Outcome]]:
+    """The units that ended their process, falsified; the others are to run again.
+
+    If no unit ends a fresh process by its last trial alone, each runs on its own from the start.
+    """
+    blamed = 0
+    innocent = []
+    for unit in lost:
+        if outcome := post_mortem(unit, until):
+            blamed += outcome.ended
+            yield unit, outcome
+        else:
+            innocent.append(unit)
+    if blamed:
+        again += innocent
         return
-    futures: dict[Future[Outcome], Unit] = {
-        executor.submit(check_unit, plan, unit): unit for unit in plan.units
-    }
-    interrupted: list[Unit] = []
-    try:
-        for future in as_completed(futures):
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                interrupted.append(futures[future])
-    finally:
-        for future in futures:
-            future.cancel()
-    yield from _one_by_one(plan, interrupted)
-
-
-def _one_by_one(plan: Plan, units: Sequence[Unit]) -> Iterator[Outcome]:
-    """Each property in a process of its own, after one of them ended a shared process."""
-    for unit in units:
-        with workers(1) as executor:
-            try:
-                yield executor.submit(check_unit, plan, unit).result()
-            except BrokenProcessPool:
-                yield Outcome(
-                    name=unit.name,
-                    verdict=FALSIFIED,
-                    evidence="exact",
-                    device=unit.device,
-                    reason="the process ended while this property ran",
-                    what="the process that runs the target",
-                    expected="it returns",
-                    got="it ended (a crash, an exit, or out of memory)",
-                )
-
-
-def check_unit(plan: Plan, unit: Unit) -> Outcome:
-    """Runs one unit of a plan."""
-    return check_property(
-        find_property(unit.name),
-        _load(plan.target),
-        profile=PROFILES[plan.profile],
-        seed=plan.seed,
-        device=unit.device,
-    )
-
-
-_load = functools.lru_cache(maxsize=4)(load)
+    for unit in innocent:
+        yield unit, run_alone_to_the_end(unit, until)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, Protocol, TypeVar
 
 from rescnn_verify.case import Case, Config
 from rescnn_verify.space import Choice, Factor, Floats, Integers, Lists, Space, architectural
 
-__all__ = ["WORK", "Draw", "RandomDraw", "draw_config", "draw_trial"]
+__all__ = ["WORK", "Draw", "RandomDraw", "draw_config", "draw_trial", "work_for"]
 
 T = TypeVar("T")
 
@@ -193,6 +194,23 @@ def multiply_adds(config: Config) -> int:
     """Multiply-adds of the reference architecture for one position of one sample."""
     taps = sum(w * k for w, k in zip(config.widths, config.kernel_sizes, strict=True))
     return int(config.num_blocks * config.channels * (taps + config.channels))
+
+
+def work_for(space: Space, work: int) -> int:
+    """The multiply-adds to allow for a case of a space: enough for some of its configurations.
+
+    Args:
+        space: the space.
+        work: what is allowed at least.
+    """
+    draw = RandomDraw(0)
+    least = _least(space.get("length")) * _least(space.get("batch"))
+    costs = []
+    for _ in range(16):
+        with suppress(NoCase):
+            costs.append(multiply_adds(draw_config(draw, space)) * least)
+    cheapest = min(costs, default=0)
+    return work if cheapest <= work else 2 * cheapest
 
 
 def _integer(draw: Draw, low: int, high: int, *, small: int, corners: Sequence[int] = ()) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
 import traceback
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,18 +17,35 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import target as hypothesis_target
 from hypothesis.errors import Flaky, Unsatisfiable
 
-from rescnn_verify.case import Case
+from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import Falsified
-from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
+from rescnn_verify.coverage import pairs_of
+from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial, work_for
+from rescnn_verify.enumeration import batched, every_case, every_input
+from rescnn_verify.journal import Journal
+from rescnn_verify.outcome import (
+    BAD_TARGET,
+    FALSIFIED,
+    HELD,
+    INTERNAL_ERROR,
+    KNOWN,
+    NOT_APPLICABLE,
+    NOT_RUN,
+    NOTHING_ASSERTED,
+    Outcome,
+    signature,
+)
 from rescnn_verify.shrinking import shrink
-from rescnn_verify.space import Choice, Space, SpaceError, every_case
+from rescnn_verify.space import Choice, Space, SpaceError
 from rescnn_verify.statement import Property
-from rescnn_verify.strategies import trials
+from rescnn_verify.strategies import trials as trials_of
 from rescnn_verify.subject import environment
 from rescnn_verify.target import Target, TargetError
 from rescnn_verify.trial import Tally, run_trial
 
-__all__ = ["PROFILES", "Outcome", "Profile", "check_property"]
+__all__ = ["PROFILES", "Profile", "Search", "check_property", "search_property"]
+
+Trial = tuple[Case, ...]
 
 
 @dataclass(frozen=True)
@@ -53,207 +71,316 @@ PROFILES = {
     "thorough": Profile(sampled=1000, drawn=150, shrinking=20.0, slow=True),
 }
 
-HELD, FALSIFIED, NOT_APPLICABLE = "held", "falsified", "not applicable"
-NOT_RUN = "not run"
-NOTHING_ASSERTED, INTERNAL_ERROR = "nothing asserted", "internal error"
-BAD_TARGET = "bad target"
-
-#: The verdicts that raise no alarm.
-QUIET = frozenset({HELD, NOT_APPLICABLE, NOT_RUN})
-
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of one property.
+class Search:
+    """Where the cases of one run of a property come from, in this order, and when to stop.
 
     Args:
-        name: the property.
-        verdict: held, falsified, not applicable, not run (no device, or too slow for the profile),
-            nothing asserted, bad target (its description contradicts itself), or internal error.
-        evidence: exact, bounded, statistical, or exhausted over a space.
-        device: ``"cpu"`` or ``"cuda"``.
-        cases, assertions, architectures: how many were run, made, seen; shrinking not counted.
-        seconds: of this property.
-        reason: why it is not applicable or not run, or the traceback of an internal error.
-        worst_ratio: the worst error over its bound, for a bounded property.
-        trial: the cases of the smallest counterexample, the last one falsifying.
-        what, expected, got: the comparison that failed.
+        trials: given ones.
+        configs: configurations that are run with every input of the space.
+        documented: whether the documented configuration is run where the property asks for it.
+        exhaustive: whether an exhaustive property runs over all of its space, and nothing else.
+        sampled: trials sampled uniformly.
+        drawn: trials drawn by Hypothesis.
+        seconds: no further trial is begun after so many.
+        shrinking: seconds spent on making a counterexample smaller.
+        slow: whether a slow property runs at all.
+        shard: (i, n): the seeds of sampled and drawn cases are i modulo n, so that n searches
+            never try the same case.
+        known: signatures of failures that are counted, and not searched any further.
+        seen: pairs of classes of factors met before; a case that meets another is remarkable.
     """
 
-    name: str
-    verdict: str
-    evidence: str
-    device: str = "cpu"
-    cases: int = 0
-    assertions: int = 0
-    architectures: int = 0
-    seconds: float = 0.0
-    reason: str | None = None
-    worst_ratio: float | None = None
-    trial: tuple[Case, ...] = ()
-    what: str = ""
-    expected: str = ""
-    got: str = ""
+    trials: tuple[Trial, ...] = ()
+    configs: tuple[Config, ...] = ()
+    documented: bool = False
+    exhaustive: bool = False
+    sampled: int = 0
+    drawn: int = 0
+    seconds: float = math.inf
+    shrinking: float = 0.0
+    slow: bool = True
+    shard: tuple[int, int] = (0, 1)
+    known: tuple[str, ...] = ()
+    seen: int | None = None
 
-
-@dataclass
-class _Failure:
-    trial: tuple[Case, ...]
-    error: Falsified
+    @classmethod
+    def of(cls, profile: Profile, prop: Property) -> Search:
+        """The search of a profile for one property."""
+        return cls(
+            documented=True,
+            exhaustive=profile.slow,
+            sampled=round(profile.sampled * prop.effort),
+            drawn=max(1, round(profile.drawn * prop.effort)),
+            shrinking=profile.shrinking,
+            slow=profile.slow,
+        )
 
 
 def check_property(
-    prop: Property, target: Target, *, profile: Profile, seed: int, device: str = "cpu"
+    prop: Property,
+    target: Target,
+    *,
+    profile: Profile,
+    seed: int,
+    device: str = "cpu",
 ) -> Outcome:
-    """Searches for a counterexample to a property; deterministic given the seed.
+    """Searches for a counterexample to a property as a profile says; deterministic given the seed.
 
     An exception of the target's falsifies; one of the suite's own machinery is an internal error.
     """
+    return search_property(prop, target, Search.of(profile, prop), seed=seed, device=device)
+
+
+def search_property(
+    prop: Property,
+    target: Target,
+    search: Search,
+    *,
+    seed: int,
+    device: str = "cpu",
+    journal: Journal | None = None,
+) -> Outcome:
+    """Runs one search for a counterexample to a property; as `check_property`."""
     start = time.perf_counter()
-    tally = Tally()
-    exhausting = prop.exhaustive and profile.slow
 
-    def outcome(verdict: str, **rest: Any) -> Outcome:
-        return Outcome(
-            name=prop.name,
-            verdict=verdict,
-            evidence=(
-                f"exhausted over {tally.cases} cases"
-                if exhausting and verdict == HELD
-                else prop.evidence
-            ),
-            device=device,
-            cases=tally.cases,
-            assertions=tally.assertions,
-            architectures=len(tally.architectures),
-            seconds=time.perf_counter() - start,
-            worst_ratio=tally.worst_ratio,
-            **rest,
-        )
+    def without_cases(verdict: str, reason: str) -> Outcome:
+        return Outcome(prop.name, verdict, prop.evidence, device, reason=reason)
 
-    if reason := prop.missing(target):
-        return outcome(NOT_APPLICABLE, reason=reason)
+    if missing := prop.missing(target):
+        return without_cases(NOT_APPLICABLE, missing)
     if device == "cuda" and not torch.cuda.is_available():
-        return outcome(NOT_RUN, reason="no device")
-    if prop.slow and not profile.slow:
-        return outcome(NOT_RUN, reason="slow: --profile thorough runs it")
+        return without_cases(NOT_RUN, "no device")
+    if prop.slow and not search.slow:
+        return without_cases(NOT_RUN, "slow: --profile thorough runs it")
     space = prop.space_for(target)
     try:
         if space.get("device"):
             space = space.narrow(device=Choice(device))
     except SpaceError:
-        return outcome(NOT_APPLICABLE, reason=f"it is not claimed on {device}")
+        return without_cases(NOT_APPLICABLE, f"it is not claimed on {device}")
+    run = _Run(prop, target, space, search, _seed_for(prop, seed), journal)
+    found: dict[str, Any] = {}
     try:
         with environment():
-            failure = _search(prop, target, space, profile, _seed_for(prop, seed), tally)
+            verdict, reason = run.verdict()
+        if run.failure:
+            error = run.failure.error
+            found = {"what": error.what, "expected": error.expected, "got": error.got}
+            found["trial"] = run.failure.trial
     except TargetError as mistake:
-        return outcome(BAD_TARGET, reason=str(mistake))
+        verdict, reason = BAD_TARGET, str(mistake)
     except Unsatisfiable:
-        return outcome(NOTHING_ASSERTED, reason="no case of its space could be drawn")
+        verdict, reason = NOTHING_ASSERTED, "no case of its space could be drawn"
     except Exception:
-        return outcome(INTERNAL_ERROR, reason=traceback.format_exc())
-    if failure:
-        error = failure.error
-        return outcome(
-            FALSIFIED, trial=failure.trial, what=error.what, expected=error.expected, got=error.got
-        )
-    if tally.assertions == 0 and tally.not_applicable:
-        return outcome(NOT_APPLICABLE, reason=tally.not_applicable)
-    if tally.assertions == 0:
-        return outcome(NOTHING_ASSERTED, reason="no comparison was made")
-    return outcome(HELD)
+        verdict, reason = INTERNAL_ERROR, traceback.format_exc()
+    tally = run.tally
+    exhausted = verdict == HELD and prop.exhaustive and search.exhaustive
+    return Outcome(
+        name=prop.name,
+        verdict=verdict,
+        evidence=f"exhausted over {tally.cases} cases" if exhausted else prop.evidence,
+        device=device,
+        cases=tally.cases,
+        assertions=tally.assertions,
+        architectures=len(tally.architectures),
+        seconds=time.perf_counter() - start,
+        reason=reason,
+        worst_ratio=tally.worst_ratio,
+        sampled=run.sampled,
+        discarded=tally.discarded,
+        known=run.known,
+        pairs=tally.pairs,
+        configs=frozenset(_fingerprint(config) for config in tally.architectures),
+        remarkable=run.remarkable,
+        **found,
+    )
 
 
-def _search(
-    prop: Property,
-    target: Target,
-    space: Space,
-    profile: Profile,
-    seed: int,
-    tally: Tally,
-) -> _Failure | None:
-    """The smallest counterexample found, None when there is none.
-
-    The documented configuration comes first where the property asks for it, then uniform samples,
-    then what Hypothesis draws: each reaches corners that the others seldom do.
-    """
-    found = _first_failure(prop, target, space, profile, seed, tally)
-    if found is None:
-        return None
-    give_up = time.perf_counter() + profile.shrinking
-
-    def fails(trial: tuple[Case, ...]) -> bool:
-        nonlocal found
-        if time.perf_counter() > give_up:
-            return False
-        try:
-            run_trial(prop, target, trial)
-        except Falsified as error:
-            found = _Failure(trial, error)
-            return True
-        except Exception:  # outside the statement's conditions; the counterexample at hand stays
-            return False
-        return False
-
-    shrink(found.trial, space, fails)
-    return found
+@dataclass
+class _Failure:
+    trial: Trial
+    error: Falsified
 
 
-def _first_failure(
-    prop: Property,
-    target: Target,
-    space: Space,
-    profile: Profile,
-    seed: int,
-    tally: Tally,
-) -> _Failure | None:
-    found: _Failure | None = None
+class _Done(Exception):
+    """The search's seconds are over, or there is nothing left to try."""
 
-    def examine(trial: tuple[Case, ...]) -> None:
-        nonlocal found
-        before = tally.cases
-        try:
-            run_trial(prop, target, trial, tally)
-        except Falsified as error:
-            found = _Failure(trial[: tally.cases - before], error)
-            raise
 
-    def steered(trial: tuple[Case, ...]) -> None:
-        """Lets Hypothesis look for cases that come closer to a bound."""
+@dataclass
+class _Run:
+    """One search, and what came of it so far."""
+
+    prop: Property
+    target: Target
+    space: Space
+    search: Search
+    seed: int
+    journal: Journal | None
+    tally: Tally = field(default_factory=Tally)
+    failure: _Failure | None = None
+    sampled: int = 0
+    known: int = 0
+    tightest: tuple[float, Trial] | None = None
+    corners: list[Trial] = field(default_factory=list)
+
+    def verdict(self) -> tuple[str, str | None]:
+        """Searches, makes what it found smaller, and says what came of it and why."""
+        give_up = time.perf_counter() + self.search.seconds
+        for source in (
+            self._given,
+            self._configured,
+            self._documented,
+            self._exhausted,
+            self._sampled,
+            self._drawn,
+        ):
+            try:
+                source(lambda: time.perf_counter() > give_up)
+            except _Done:
+                break
+            except (Falsified, Flaky):
+                assert self.failure is not None
+                self._shrink()
+                return FALSIFIED, None
+        if self.known:
+            return KNOWN, f"{self.known} cases failed as a known failure does"
+        if self.tally.assertions:
+            return HELD, None
+        if self.tally.not_applicable:
+            return NOT_APPLICABLE, self.tally.not_applicable
+        return NOTHING_ASSERTED, "no comparison was made"
+
+    @property
+    def remarkable(self) -> tuple[tuple[str, Trial], ...]:
+        """The trial that came closest to a bound, and those that met a rare corner."""
+        corners = tuple(("corner", trial) for trial in self.corners)
+        return corners if self.tightest is None else (("tight", self.tightest[1]), *corners)
+
+    def _given(self, over: Callable[[], bool]) -> None:
+        for trial in self.search.trials:
+            self._examine(trial, over)
+
+    def _configured(self, over: Callable[[], bool]) -> None:
+        for config in self.search.configs:
+            for trial in batched(every_input(self.space, config), 64):
+                self._examine(trial, over)
+
+    def _documented(self, over: Callable[[], bool]) -> None:
+        wanted = self.search.documented and self.prop.documented and self.target.follows_contract
+        if wanted and not (self.prop.exhaustive and self.search.exhaustive):
+            self._examine((documented_case(self.target, self.space),), over)
+
+    def _exhausted(self, over: Callable[[], bool]) -> None:
+        if not (self.prop.exhaustive and self.search.exhaustive):
+            return
+        for case in every_case(self.space):
+            self._examine((case,), over)
+        raise _Done
+
+    def _sampled(self, over: Callable[[], bool]) -> None:
+        draw = RandomDraw(self.seed)
+        for _ in range(self.search.sampled):
+            try:
+                trial = draw_trial(draw, self.space, work=self._work)
+            except NoCase:
+                self.tally.discarded += 1
+                continue
+            self._examine(self._in_shard(trial), over)
+            self.sampled += 1
+
+    def _drawn(self, over: Callable[[], bool]) -> None:
+        if not self.search.drawn:
+            return
+
+        def steered(trial: Trial) -> None:
+            """Lets Hypothesis look for cases that come closer to a bound."""
+            if over():
+                return
+            ratio = self._examine(self._in_shard(trial), over)
+            if ratio is not None and math.isfinite(ratio):
+                hypothesis_target(ratio)
+
+        run = settings(
+            max_examples=self.search.drawn,
+            phases=[Phase.generate, Phase.target],
+            database=None,
+            deadline=None,
+            derandomize=False,
+            print_blob=False,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+        )(given(trials_of(self.space, work=self._work))(steered))
+        hypothesis_seed(self.seed)(run)()
+
+    @functools.cached_property
+    def _work(self) -> int:
+        return work_for(self.space, self.prop.work)
+
+    def _in_shard(self, trial: Trial) -> Trial:
+        index, count = self.search.shard
+        if count == 1:
+            return trial
+        return tuple(replace(c, seed=c.seed - c.seed % count + index) for c in trial)
+
+    def _examine(self, trial: Trial, over: Callable[[], bool]) -> float | None:
+        """Runs a trial and returns its worst ratio; a failure that is not known is kept, raised."""
+        if over():
+            raise _Done
+        tally, before = self.tally, self.tally.cases
         worst, tally.worst_ratio = tally.worst_ratio, None
         try:
-            examine(trial)
+            run_trial(self.prop, self.target, trial, tally, self.journal)
+        except Falsified as error:
+            if signature(error.what, error.got) not in self.search.known:
+                self._keep(trial[: tally.cases - before], error)
+                raise
+            self.known += 1
         finally:
             ratio = tally.worst_ratio
             tally.worst_ratio = max((r for r in (worst, ratio) if r is not None), default=None)
-        if ratio is not None and math.isfinite(ratio):
-            hypothesis_target(ratio)
+        if self.search.seen is not None:
+            self._remark(trial, ratio, self.search.seen)
+        return ratio
 
-    run = settings(
-        max_examples=max(1, round(profile.drawn * prop.effort)),
-        phases=[Phase.generate, Phase.target],
-        database=None,
-        deadline=None,
-        derandomize=False,
-        print_blob=False,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )(given(trials(space, work=prop.work))(steered))
-    try:
-        if prop.exhaustive and profile.slow:
-            for case in every_case(space):
-                examine((case,))
-            return None
-        if prop.documented and target.follows_contract:
-            examine((documented_case(target, space),))
-        draw = RandomDraw(seed)
-        for _ in range(round(profile.sampled * prop.effort)):
-            with suppress(NoCase):
-                examine(draw_trial(draw, space, work=prop.work))
-        hypothesis_seed(seed)(run)()
-    except (Falsified, Flaky):
-        assert found is not None
-    return found
+    def _remark(self, trial: Trial, ratio: float | None, seen: int) -> None:
+        if ratio is not None and (self.tightest is None or ratio > self.tightest[0]):
+            self.tightest = ratio, trial
+        new = functools.reduce(int.__or__, map(pairs_of, trial)) & ~seen
+        for kept in self.corners:
+            new &= ~functools.reduce(int.__or__, map(pairs_of, kept))
+        if new and len(self.corners) < 2:
+            self.corners.append(trial)
+
+    def _keep(self, trial: Trial, error: Falsified) -> None:
+        self.failure = _Failure(trial, error)
+        if self.journal:
+            self.journal.found(trial, error.what, error.expected, error.got)
+
+    def _shrink(self) -> None:
+        assert self.failure is not None
+        give_up = time.perf_counter() + self.search.shrinking
+
+        def fails(trial: Trial) -> bool:
+            if time.perf_counter() > give_up:
+                return False
+            try:
+                run_trial(self.prop, self.target, trial, journal=self.journal)
+            except Falsified as error:
+                if signature(error.what, error.got) in self.search.known:
+                    return False  # what is new must not shrink to what is known
+                self._keep(trial, error)
+                return True
+            except Exception:  # outside the statement's conditions; what is at hand stays
+                return False
+            return False
+
+        shrink(self.failure.trial, self.space, fails)
+
+
+def _fingerprint(config: Config) -> int:
+    return int.from_bytes(hashlib.sha256(repr(config).encode()).digest()[:6], "little")
 
 
 def documented_case(target: Target, space: Space) -> Case:

@@ -18,6 +18,7 @@ __all__ = [
     "INDEPENDENT_ROWS",
     "NONFINITE",
     "POST_ACTIVATION",
+    "REENTRANT",
     "REFUSALS",
     "STACK",
 ]
@@ -39,3 +40,4 @@ CHECKED_INPUT = Need("a checked input shape", lambda t: t.traits.checks_input)
 REFUSALS = Need("refusal of invalid arguments", lambda t: t.traits.refuses_invalid)
 NONFINITE = Need("non-finite values kept", lambda t: t.traits.keeps_nonfinite)
 DIRECT = Need("direct convolution", lambda t: t.traits.direct_convolution)
+REENTRANT = Need("calls that may overlap", lambda t: t.traits.reentrant)

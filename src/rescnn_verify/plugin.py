@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from rescnn_verify.campaign import Unit
     from rescnn_verify.statement import Property
     from rescnn_verify.target import Target
+    from rescnn_verify.unit import Unit
 
 _PROPERTIES = "rescnn_verify.properties"
 
@@ -89,7 +89,14 @@ class PropertyFile(pytest.File):
         properties = tuple(p.name for p in all_properties() if p.family == self.path.stem)
         chosen = self.config.getoption("--verify-device")
         devices = ("cpu", "cuda") if chosen == "all" else (chosen,)
-        for unit in Plan(self.config.getoption("--target"), properties, devices=devices).units:
+        plan = Plan(
+            self.config.getoption("--target"),
+            properties,
+            profile=self.config.getoption("--verify-profile"),
+            seed=self.config.getoption("--verify-seed"),
+            devices=devices,
+        )
+        for unit in plan.units:
             name = unit.name.partition(".")[2]
             suffix = f"[{unit.device}]" if len(devices) > 1 else ""
             yield PropertyItem.from_parent(self, name=name + suffix, unit=unit)
@@ -109,18 +116,19 @@ class PropertyItem(pytest.Item):
         return find_property(self.unit.name)
 
     def runtest(self) -> None:
-        from rescnn_verify import engine
+        from rescnn_verify.engine import search_property
+        from rescnn_verify.outcome import HELD, NOT_APPLICABLE, NOT_RUN
 
-        outcome = engine.check_property(
+        outcome = search_property(
             self.prop,
             _target(self.config),
-            profile=engine.PROFILES[self.config.getoption("--verify-profile")],
-            seed=self.config.getoption("--verify-seed"),
+            self.unit.search,
+            seed=self.unit.seed,
             device=self.unit.device,
         )
-        if outcome.verdict in (engine.NOT_APPLICABLE, engine.NOT_RUN):
+        if outcome.verdict in (NOT_APPLICABLE, NOT_RUN):
             pytest.skip(f"{outcome.verdict}: {outcome.reason}")
-        if outcome.verdict != engine.HELD:
+        if outcome.verdict != HELD:
             raise _NotHeld(outcome)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:

@@ -8,8 +8,10 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -17,11 +19,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rescnn_verify.campaign import Plan
-from rescnn_verify.engine import (
+from rescnn_verify.coverage import Coverage
+from rescnn_verify.evidence import failure_rate_bound
+from rescnn_verify.outcome import (
     FALSIFIED,
     HELD,
     INTERNAL_ERROR,
+    KNOWN,
     NOT_APPLICABLE,
     NOT_RUN,
     QUIET,
@@ -31,13 +35,14 @@ from rescnn_verify.witness import Witness, versions
 
 __all__ = [
     "COULD_NOT_RUN",
+    "Run",
     "console",
     "environment_of",
     "exit_code",
+    "json_text",
+    "junit_text",
     "print_report",
     "print_witness",
-    "to_json",
-    "verdict_of",
     "witness_of",
 ]
 
@@ -48,19 +53,42 @@ STYLES = {HELD: "green", FALSIFIED: "bold red", NOT_APPLICABLE: "dim", NOT_RUN: 
 Written = Mapping[tuple[str, str], Path]
 
 
-def verdict_of(outcomes: Sequence[Outcome], planned: int) -> str:
-    """The verdict of a whole run: falsified if any property is, held if all that apply are.
+@dataclass(frozen=True)
+class Run:
+    """A run that is over.
 
     Args:
-        outcomes: what came of the properties that were run.
-        planned: how many were to be run.
+        title: the command and the target.
+        target: the target as it was named.
+        devices: where it ran.
+        setting: what the results depend on besides, for the summary.
+        planned: how many outcomes there were to be.
+        outcomes: what came of each property on each device.
+        seconds: that it took.
+        facts: the setting, for the JSON form.
+        complaints: what else is wrong, such as a known failure that is none any more; each fails
+            the run.
     """
-    verdicts = {outcome.verdict for outcome in outcomes}
-    if FALSIFIED in verdicts:
-        return FALSIFIED
-    if len(outcomes) < planned:
-        return COULD_NOT_RUN
-    return HELD if HELD in verdicts and verdicts <= QUIET else COULD_NOT_RUN
+
+    title: str
+    target: str
+    devices: tuple[str, ...]
+    setting: str
+    planned: int
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+    facts: Mapping[str, Any]
+    complaints: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """The verdict of a whole run: falsified if any property is, held if all that apply are."""
+        verdicts = {outcome.verdict for outcome in self.outcomes}
+        if FALSIFIED in verdicts or self.complaints:
+            return FALSIFIED
+        if len(self.outcomes) < self.planned:
+            return COULD_NOT_RUN
+        return HELD if verdicts & {HELD, KNOWN} and verdicts <= QUIET else COULD_NOT_RUN
 
 
 def exit_code(verdict: str) -> int:
@@ -69,10 +97,18 @@ def exit_code(verdict: str) -> int:
 
 
 def witness_of(outcome: Outcome, target: str) -> Witness | None:
-    """The witness of a falsified property; None if it has no case (the process ended)."""
+    """The witness of a falsified property; None if it has no case."""
     if outcome.verdict != FALSIFIED or not outcome.trial:
         return None
-    return Witness(outcome.name, target, outcome.trial, outcome.what, outcome.expected, outcome.got)
+    return Witness(
+        outcome.name,
+        target,
+        outcome.trial,
+        outcome.what,
+        outcome.expected,
+        outcome.got,
+        alone=outcome.ended,
+    )
 
 
 def environment_of(devices: Sequence[str]) -> dict[str, Any]:
@@ -96,20 +132,59 @@ def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
 
 
-def to_json(
-    plan: Plan, outcomes: Sequence[Outcome], seconds: float, witnesses: Written
-) -> dict[str, Any]:
+def json_text(run: Run, witnesses: Written) -> str:
     """The run as a JSON object."""
-    return {
-        "target": plan.target,
-        "verdict": verdict_of(outcomes, len(plan.units)),
-        "not reached": len(plan.units) - len(outcomes),
-        "profile": plan.profile,
-        "seed": plan.seed,
-        "seconds": round(seconds, 3),
-        "environment": environment_of(plan.devices),
-        "properties": [_outcome_json(o, plan.target, _witness(o, witnesses)) for o in outcomes],
+    data = {
+        "target": run.target,
+        "verdict": run.verdict,
+        "not reached": run.planned - len(run.outcomes),
+        **run.facts,
+        "seconds": round(run.seconds, 3),
+        "complaints": list(run.complaints),
+        "environment": environment_of(run.devices),
+        "properties": [_outcome_json(o, run.target, _witness(o, witnesses)) for o in run.outcomes],
     }
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+
+def junit_text(run: Run, witnesses: Written) -> str:
+    """The run as JUnit XML: one test case for each property."""
+    suite = ElementTree.Element(
+        "testsuite",
+        name=run.title,
+        tests=str(len(run.outcomes)),
+        failures=str(sum(o.verdict == FALSIFIED for o in run.outcomes)),
+        errors=str(sum(o.verdict not in (FALSIFIED, *QUIET) for o in run.outcomes)),
+        skipped=str(sum(o.verdict in (NOT_APPLICABLE, NOT_RUN) for o in run.outcomes)),
+        time=f"{run.seconds:.3f}",
+    )
+    for outcome in run.outcomes:
+        family, _, name = outcome.name.partition(".")
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=family, name=name, time=f"{outcome.seconds:.3f}"
+        )
+        if outcome.verdict == FALSIFIED:
+            message = f"{outcome.what}: expected {outcome.expected}, got {outcome.got}"
+            failure = ElementTree.SubElement(case, "failure", message=_xml(message))
+            witness = witness_of(outcome, run.target)
+            failure.text = _xml(f"{witness.case}\n{witness.python()}" if witness else "")
+        elif outcome.verdict in (NOT_APPLICABLE, NOT_RUN):
+            ElementTree.SubElement(
+                case, "skipped", message=_xml(f"{outcome.verdict}: {outcome.reason}")
+            )
+        elif outcome.verdict not in QUIET:
+            error = ElementTree.SubElement(case, "error", message=outcome.verdict)
+            error.text = _xml(outcome.reason or "")
+    for complaint in run.complaints:
+        case = ElementTree.SubElement(suite, "testcase", classname="known", name="known failures")
+        ElementTree.SubElement(case, "failure", message=_xml(complaint))
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _xml(text: str) -> str:
+    """The text without the control characters that XML cannot hold."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 
 def _outcome_json(outcome: Outcome, target: str, path: Path | None) -> dict[str, Any]:
@@ -133,6 +208,12 @@ def _outcome_json(outcome: Outcome, target: str, path: Path | None) -> dict[str,
         "cases": outcome.cases,
         "assertions": outcome.assertions,
         "architectures": outcome.architectures,
+        "discarded": outcome.discarded,
+        "known": outcome.known,
+        "pairs": vars(Coverage.of(outcome.pairs)),
+        "failure_rate_below": (
+            failure_rate_bound(outcome.sampled) if outcome.verdict == HELD else None
+        ),
         "seconds": round(outcome.seconds, 3),
         "worst_ratio": outcome.worst_ratio,
         "reason": outcome.reason,
@@ -140,27 +221,20 @@ def _outcome_json(outcome: Outcome, target: str, path: Path | None) -> dict[str,
     }
 
 
-def print_report(
-    console: Console,
-    plan: Plan,
-    outcomes: Sequence[Outcome],
-    seconds: float,
-    witnesses: Written,
-) -> None:
+def print_report(console: Console, run: Run, witnesses: Written) -> None:
     """The table of properties, every falsification, and the verdict."""
-    title = f"rescnn-verify check {escape(plan.target)}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(run.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("property", no_wrap=True)
     table.add_column("verdict")
     table.add_column("evidence", overflow="fold")
     for heading in ("cases", "assertions", "s"):
         table.add_column(heading, justify="right")
-    for outcome in outcomes:
+    for outcome in run.outcomes:
         if outcome.verdict == NOT_RUN:
             continue  # counted in the summary
         style = STYLES.get(outcome.verdict, "bold yellow")
         table.add_row(
-            outcome.name if len(plan.devices) == 1 else f"{outcome.name} ({outcome.device})",
+            outcome.name if len(run.devices) == 1 else f"{outcome.name} ({outcome.device})",
             f"[{style}]{outcome.verdict}[/]",
             _evidence(outcome),
             str(outcome.cases),
@@ -168,13 +242,15 @@ def print_report(
             f"{outcome.seconds:.1f}",
         )
     console.print(table)
-    for outcome in outcomes:
+    for outcome in run.outcomes:
         if outcome.verdict == FALSIFIED:
-            _print_falsified(console, outcome, plan.target, _witness(outcome, witnesses))
+            _print_falsified(console, outcome, run.target, _witness(outcome, witnesses))
         elif outcome.verdict not in QUIET:
             _print(console, f"\n[bold yellow]{outcome.verdict}[/]: {outcome.name}")
             _print(console, escape(outcome.reason or ""))
-    _print(console, _summary(plan, outcomes, seconds))
+    for complaint in run.complaints:
+        _print(console, f"\n[bold red]{escape(complaint)}[/]")
+    _print(console, _summary(run))
 
 
 def print_witness(
@@ -209,25 +285,26 @@ def _evidence(outcome: Outcome) -> str:
         return escape(outcome.reason or "")
     if outcome.verdict == INTERNAL_ERROR:
         return ""
+    if outcome.verdict == KNOWN:
+        return escape(outcome.reason or "")
     if outcome.worst_ratio is not None:
         return f"{outcome.evidence} (worst {outcome.worst_ratio:.2f})"
     return outcome.evidence
 
 
-def _summary(plan: Plan, outcomes: Sequence[Outcome], seconds: float) -> str:
+def _summary(run: Run) -> str:
     counts = Counter(
-        f"{NOT_RUN} ({o.reason})" if o.verdict == NOT_RUN else o.verdict for o in outcomes
+        f"{NOT_RUN} ({o.reason})" if o.verdict == NOT_RUN else o.verdict for o in run.outcomes
     )
-    if missing := len(plan.units) - len(outcomes):
+    if missing := run.planned - len(run.outcomes):
         counts["not reached"] = missing
     parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    cases = sum(outcome.cases for outcome in outcomes)
-    assertions = sum(outcome.assertions for outcome in outcomes)
-    verdict = verdict_of(outcomes, len(plan.units))
-    style = STYLES.get(verdict, "bold yellow")
+    cases = sum(outcome.cases for outcome in run.outcomes)
+    assertions = sum(outcome.assertions for outcome in run.outcomes)
+    style = STYLES.get(run.verdict, "bold yellow")
     return (
-        f"\n[{style}]{verdict}[/]: {parts}; {cases} cases, {assertions} assertions, "
-        f"{seconds:.1f} s (profile {plan.profile}, seed {plan.seed}, {' and '.join(plan.devices)})"
+        f"\n[{style}]{run.verdict}[/]: {parts}; {cases} cases, {assertions} assertions, "
+        f"{run.seconds:.1f} s ({run.setting}, {' and '.join(run.devices)})"
     )
 
 
@@ -239,7 +316,3 @@ def console() -> Console:
 def _print(console: Console, text: str) -> None:
     """A line that can be copied: never wrapped."""
     console.print(text, soft_wrap=True, highlight=False)
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")

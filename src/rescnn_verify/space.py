@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,7 +20,6 @@ __all__ = [
     "Lists",
     "Space",
     "SpaceError",
-    "every_case",
 ]
 
 
@@ -154,36 +152,6 @@ class Space:
             )
         except KeyError:
             return False  # a factor of the space that the case does not name
-
-
-def every_case(space: Space) -> Iterator[Case]:
-    """Every case of a bounded space, once: the last factor varies fastest, each from its simplest.
-
-    Raises:
-        SpaceError: a factor has too many values to go through (real numbers).
-    """
-    names = [name for name, _ in space.factors]
-    for values in itertools.product(*(values_of(name, factor) for name, factor in space.factors)):
-        case = case_of(dict(zip(names, values, strict=True)))
-        if space.meets_constraints(case):
-            yield case
-
-
-def values_of(name: str, factor: Factor) -> Iterable[Any]:
-    """All values of a factor, the simplest first.
-
-    Raises:
-        SpaceError: they are real numbers.
-    """
-    if isinstance(factor, Choice):
-        return factor.values
-    if isinstance(factor, Integers):
-        return range(factor.low, factor.high + 1)
-    if isinstance(factor, Lists):
-        elements = tuple(values_of(name, factor.element))
-        sizes = range(factor.low, factor.high + 1)
-        return itertools.chain.from_iterable(itertools.product(elements, repeat=n) for n in sizes)
-    raise SpaceError(f"{name}: the reals from {factor.low} to {factor.high} cannot all be tried")
 
 
 def case_of(values: Mapping[str, Any]) -> Case:

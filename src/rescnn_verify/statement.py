@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ class Property:
 
     def space_for(self, target: Target) -> Space:
         """The cases for which the statement is claimed of a target."""
-        if self.exhaustive:  # of the contract, whose promise is wider than what is sampled of it
+        if self.exhaustive and target.promises_everything:
             return self.space if target.kind == "stack" else self.space.narrow(num_blocks=Choice(1))
         return self.space * target.space
 
@@ -120,6 +121,7 @@ def statement(
     return wrap
 
 
+@functools.cache
 def all_properties() -> tuple[Property, ...]:
     """Every property, family by family, in the order in which they are written."""
     package = importlib.import_module("rescnn_verify.properties")

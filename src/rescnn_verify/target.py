@@ -24,6 +24,9 @@ __all__ = ["AGAINST", "Target", "TargetError", "Traits", "load"]
 
 Shape = tuple[int, int, int]
 
+#: What is explored by default of a class with the contract's constructor.
+_EXPLORED = {"stack": ARCHITECTURES, "block": ARCHITECTURES.narrow(num_blocks=Choice(1))}
+
 #: Between the names of two implementations.
 AGAINST = " against "
 
@@ -51,6 +54,7 @@ class Traits:
         keeps_nonfinite: NaN or +inf at a position of the input leaves the output there non-finite.
         dense_field: every position of the receptive field is seen, up to the ends of the input. A
             dilated field has holes, and near the ends some of its paths may be cut.
+        reentrant: in eval mode a call may begin while another one is under way, as in threads.
         direct_convolution: no FFT or Winograd algorithm of its own; those are right and yet
             neither exact on integers nor local to the bit.
     """
@@ -64,6 +68,7 @@ class Traits:
     keeps_nonfinite: bool = False
     direct_convolution: bool = True
     dense_field: bool = False
+    reentrant: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("norm", NORMS), ("dropout", DROPOUTS)):
@@ -147,6 +152,11 @@ class Target:
     def follows_contract(self) -> bool:
         """Whether it is a class held to the whole reference contract."""
         return self.kind in ("stack", "block")
+
+    @property
+    def promises_everything(self) -> bool:
+        """Whether it promises every configuration, of which only a part is explored by default."""
+        return self.space == _EXPLORED.get(self.kind)
 
     @property
     def source_files(self) -> frozenset[str]:
@@ -256,16 +266,17 @@ def contract_target(cls: type[nn.Module], name: str) -> Target:
     def claimed_field(model: nn.Module, config: Config) -> int:
         return model.get_receptive_field()  # type: ignore[no-any-return, operator]
 
+    kind = "stack" if is_stack else "block"
     has_claim = is_stack or hasattr(cls, "get_receptive_field")
     return Target(
         build=build,
-        space=ARCHITECTURES if is_stack else ARCHITECTURES.narrow(num_blocks=Choice(1)),
+        space=_EXPLORED[kind],
         receptive_field=field,
         traits=CONTRACT_TRAITS,
         handles=contract_handles,
         claims={"receptive field": claimed_field} if has_claim else {},
         name=name,
-        kind="stack" if is_stack else "block",
+        kind=kind,
         constructor=cls,
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import importlib
 import json
 import platform
 from collections.abc import Mapping
@@ -22,7 +24,7 @@ from rescnn_verify.subject import environment
 from rescnn_verify.target import load
 from rescnn_verify.trial import run_trial
 
-__all__ = ["Witness", "WitnessError", "reproduce", "versions"]
+__all__ = ["Witness", "WitnessError", "find_witnesses", "replay", "reproduce", "versions"]
 
 VERSION = 1
 
@@ -41,6 +43,7 @@ class Witness:
         trial: the cases run on one built model, in order; the last one falsifies. There is more
             than one only if the model has to remember the ones before.
         what, expected, got: the comparison that failed.
+        alone: whether it ends its process, so that it has to be run in one of its own.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Witness:
     what: str
     expected: str
     got: str
+    alone: bool = False
 
     @property
     def case(self) -> Case:
@@ -64,6 +68,7 @@ class Witness:
             "what": self.what,
             "expected": self.expected,
             "got": self.got,
+            "alone": self.alone,
             "versions": versions(),
         }
 
@@ -102,7 +107,25 @@ class Witness:
             raise WitnessError(f"{path} has no {error.args[0]!r}") from error
         except (CaseError, TypeError) as error:
             raise WitnessError(f"{path}: {error}") from error
-        return cls(name=name, trial=trial, **texts)
+        return cls(name=name, trial=trial, alone=bool(data.get("alone", False)), **texts)
+
+    def script(self) -> str:
+        """A Python script that says whether the witness is reproduced: exit code 1 if it is."""
+        lines = self.python().splitlines()
+        return "\n".join(
+            [
+                f'"""{self.name} is false of {self.target}: {self.what}"""',
+                "",
+                "from rescnn_verify.compare import Falsified",
+                lines[0],
+                "",
+                "try:",
+                f"    {lines[1]}",
+                "except Falsified as falsified:",
+                "    raise SystemExit(str(falsified))",
+                'print("not reproduced")',
+            ]
+        )
 
     def python(self) -> str:
         """Lines of plain Python that raise `Falsified` again."""
@@ -137,8 +160,34 @@ def reproduce(name: str, target: str, *cases: Mapping[str, Any]) -> None:
         raise WitnessError(f"{name} does not apply to {target}: {reason}") from reason
 
 
+def find_witnesses(place: str, folder: Path) -> list[tuple[Path, Witness]]:
+    """The witnesses at a place: a file, all files of a folder, or one named by its ID.
+
+    Args:
+        place: a path, or the ID at the end of a witness's file name.
+        folder: where an ID is looked for.
+
+    Raises:
+        WitnessError: there is none, or a file is not a witness.
+    """
+    path = Path(place)
+    if path.is_dir():
+        paths = sorted(path.glob("*.json"))
+        if not paths:
+            raise WitnessError(f"there is no witness in the folder {place}")
+    elif path.exists() or path.suffix == ".json" or path.parent != Path():
+        paths = [path]
+    else:
+        paths = sorted(folder.glob(f"*-{glob.escape(place)}*.json"))
+        if len(paths) != 1:
+            raise WitnessError(f"{place}: no such file, and {len(paths)} of this ID in {folder}")
+    return [(path, Witness.read(path)) for path in paths]
+
+
 def replay(witness: Witness) -> Falsified | None:
     """The falsification that a witness shows now, None when the property holds for it."""
+    if witness.alone:
+        return importlib.import_module("rescnn_verify.alone").replay(witness)  # type: ignore[no-any-return]
     try:
         reproduce(witness.name, witness.target, *(case.to_json() for case in witness.trial))
     except Falsified as falsified:

@@ -253,21 +253,3 @@ class LearnsOnlyWithGradients(Stack):
             if not norm.training or torch.is_grad_enabled():
                 return norm(x)
             return functional(norm, x, running_mean=None, running_var=None)
-
-
-@wrong("modes", "without gradients the branches are joined in a buffer that all calls share")
-class SharedWorkspace(Stack):
-    class Block(Block):
-        def run_branches(self, x):
-            if torch.is_grad_enabled():
-                return super().run_branches(x)
-            buffer = WORKSPACE.setdefault((x.shape, x.dtype, x.device), torch.empty_like(x))
-            start = 0
-            for branch in self.branches:
-                out = super().run_branch(branch, x)
-                buffer[:, start : start + out.shape[1]] = out
-                start += out.shape[1]
-            return [buffer]
-
-
-WORKSPACE = {}

@@ -1,0 +1,234 @@
+"""What the commands share: option types, options and how a command ends. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from rescnn_verify.workers import usable_cores
+
+if TYPE_CHECKING:
+    from rescnn_verify.report import Run
+
+__all__ = [
+    "DEFAULT_TARGET",
+    "DURATION",
+    "SHARD",
+    "conclude",
+    "default_count",
+    "fail",
+    "run_options",
+    "selected",
+    "space_data",
+    "space_options",
+    "usable_devices",
+    "writable",
+]
+
+DEFAULT_TARGET = "rescnn:ResCNNStack"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Duration(click.ParamType):  # type: ignore[type-arg]
+    name = "duration"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        parts = re.fullmatch(
+            r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?",
+            value.strip(),
+        )
+        seconds = 0.0
+        if parts and value.strip():
+            hours, minutes, rest = (float(parts[unit] or 0) for unit in "hms")
+            seconds = 3600 * hours + 60 * minutes + rest
+        if seconds <= 0:
+            self.fail(f"{value!r} is not a duration; write 90s, 10m or 1h30m", param, ctx)
+        return seconds
+
+
+class _Shard(click.ParamType):  # type: ignore[type-arg]
+    name = "shard"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        parts = re.fullmatch(r"(\d+)/(\d+)", value.strip())
+        if not parts or not 1 <= int(parts[1]) <= int(parts[2]):
+            self.fail(
+                f"{value!r} is not a shard; write I/N with 1 ≤ I ≤ N, such as 2/4", param, ctx
+            )
+        return int(parts[1]) - 1, int(parts[2])
+
+
+DURATION, SHARD = _Duration(), _Shard()
+
+
+def _all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def wrap(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return wrap
+
+
+run_options = _all_of(
+    click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda", "all"]),
+        default="cpu",
+        show_default=True,
+        help="Where the models run.",
+    ),
+    click.option(
+        "--require-cuda", is_flag=True, help="Exit with 2 unless there is a CUDA device to run on."
+    ),
+    click.option(
+        "--against",
+        metavar="PLAIN",
+        help="Compare TARGET, a class that loads PLAIN's weights or a function that makes a module "
+        "of a PLAIN module, with the target PLAIN.",
+    ),
+    click.option(
+        "-k",
+        "expression",
+        metavar="EXPR",
+        help="Only properties whose names match, such as 'split or (shape and not finite)'.",
+    ),
+    click.option(
+        "-n",
+        "count",
+        type=click.IntRange(min=1),
+        metavar="WORKERS",
+        help="Processes, one thread each.  [default: the cores; 1 with CUDA]",
+    ),
+    click.option(
+        "--json",
+        "json_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Write the results as JSON.",
+    ),
+    click.option(
+        "--witnesses",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=Path("witnesses"),
+        show_default=True,
+        metavar="DIR",
+        help="Where counterexamples are written.",
+    ),
+)
+
+space_options = _all_of(
+    click.option(
+        "--space",
+        "space_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE.toml",
+        help="Only cases of this space; see docs/space.md.",
+    ),
+    click.option(
+        "--config",
+        "config_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE.toml",
+        help="Only this configuration and its neighbours.",
+    ),
+)
+
+
+def space_data(space: Path | None, config: Path | None) -> Mapping[str, Any] | None:
+    """The user's own space as `Unit` has it, None if there is none; a mistake ends the command."""
+    from rescnn_verify.spacefile import SpaceFileError, config_of, read_table, space_of
+
+    if space and config:
+        fail("--space and --config cannot be combined: a configuration has a space of its own")
+    try:
+        if space:
+            data = read_table(space)
+            space_of(data, str(space))
+            return {"space": data}
+        if config:
+            data = read_table(config)
+            config_of(data, str(config))
+            return {"near": data}
+    except SpaceFileError as error:
+        fail(str(error))
+    return None
+
+
+def selected(
+    target: str, against: str | None, expression: str | None, space: Mapping[str, Any] | None
+) -> tuple[str, tuple[str, ...]]:
+    """The target as reports name it and the properties to run; a mistake ends the command."""
+    from rescnn_verify.campaign import SelectionError, select
+    from rescnn_verify.space import SpaceError
+    from rescnn_verify.target import AGAINST, TargetError
+    from rescnn_verify.unit import target_of
+
+    target = f"{target}{AGAINST}{against}" if against else target
+    try:
+        pairs = target_of(target, space).twin is not None
+        return target, tuple(p.name for p in select(expression, pairs=pairs))
+    except SpaceError as error:
+        fail(f"{target} promises nothing in this space: {error}")
+    except (TargetError, SelectionError) as error:
+        fail(str(error))
+
+
+def usable_devices(device: str, require_cuda: bool) -> tuple[str, ...]:
+    """The devices that ``--device`` names; ends the command if one that must be there is not."""
+    import torch
+
+    if (require_cuda or device == "cuda") and not torch.cuda.is_available():
+        option = "--require-cuda" if require_cuda else "--device cuda"
+        fail(f"{option}: this machine has no CUDA device that torch can use")
+    return ("cpu", "cuda") if device == "all" else (device,)
+
+
+def default_count(device: str) -> int:
+    """As many processes as there are cores; one with CUDA, as each has a context on the device."""
+    return usable_cores() if device == "cpu" else 1
+
+
+def writable(file: Path | None, option: str) -> None:
+    """Ends the command unless a file can be made where the option says, before anything runs."""
+    if file and not file.absolute().parent.is_dir():
+        fail(f"{option} {file}: there is no folder {file.absolute().parent}")
+
+
+def conclude(run: Run, witnesses: Path, json_file: Path | None, junit_file: Path | None) -> None:
+    """Writes witnesses, prints the report, and writes it to files."""
+    from rescnn_verify import report
+
+    written = {}
+    try:
+        for outcome in run.outcomes:
+            if witness := report.witness_of(outcome, run.target):
+                written[outcome.name, outcome.device] = witness.write(witnesses)
+    except OSError as error:
+        click.echo(f"warning: cannot write witnesses to {witnesses}: {error.strerror}", err=True)
+    report.print_report(report.console(), run, written)
+    for file, option, text in (
+        (json_file, "--json", report.json_text),
+        (junit_file, "--junit", report.junit_text),
+    ):
+        try:
+            if file:
+                file.write_text(text(run, written))
+        except OSError as error:
+            fail(f"{option} {file}: {error.strerror}")
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the command with exit code 2 and one line."""
+    click.echo(f"error: {message}", err=True)
+    sys.exit(2)

@@ -1,0 +1,252 @@
+"""Sweeping: every case of a bounded space, the smallest configurations first; it can be resumed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from rescnn_verify.campaign import devices_of, run_units
+from rescnn_verify.engine import Search
+from rescnn_verify.enumeration import architectures, batched
+from rescnn_verify.evidence import merged
+from rescnn_verify.outcome import FALSIFIED, HELD, NOT_APPLICABLE, NOT_RUN, Outcome
+from rescnn_verify.space import Choice, Factor, Integers, Lists, Space, SpaceError
+from rescnn_verify.statement import find_property
+from rescnn_verify.unit import Unit, target_of
+from rescnn_verify.workers import Crew
+
+__all__ = ["Sweep", "SweepError", "SweepPlan"]
+
+VERSION = 1
+
+#: Configurations that make a unit, which is what is done again if it was interrupted.
+CHUNK = 20
+#: More cases of one property than anybody waits for.
+MOST = 10**8
+
+
+class SweepError(ValueError):
+    """A space that cannot be swept, or a state file of another sweep."""
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What to sweep.
+
+    Args:
+        target: the target as the user names it.
+        properties: names of the properties.
+        space: the data of a space file; without a seed in it, every seed is 0.
+        devices: ``"cpu"``, ``"cuda"`` or both.
+        shard: (i, n): every n-th unit, beginning with the i-th.
+        keep_going: go on after a falsification.
+        case_timeout: seconds after which a case is a hang.
+    """
+
+    target: str
+    properties: tuple[str, ...]
+    space: Mapping[str, Any]
+    devices: tuple[str, ...] = ("cpu",)
+    shard: tuple[int, int] = (0, 1)
+    keep_going: bool = False
+    case_timeout: float = 60.0
+
+    @property
+    def bounded(self) -> dict[str, Any]:
+        """The space with a seed."""
+        return {"space": {"seed": 0, **self.space}}
+
+    def header(self) -> dict[str, Any]:
+        """What a state file must agree with."""
+        return {
+            "version": VERSION,
+            "target": self.target,
+            "properties": list(self.properties),
+            "space": self.bounded["space"],
+            "devices": list(self.devices),
+            "shard": list(self.shard),
+            "chunk": CHUNK,
+        }
+
+
+@dataclass
+class Sweep:
+    """A sweep and what was done of it.
+
+    Args:
+        plan: what to sweep.
+        state: the file that remembers each unit that is done.
+    """
+
+    plan: SweepPlan
+    state: Path
+    done: dict[str, Outcome] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.done = _read(self.state, self.plan.header())
+        self._not_applicable: list[Outcome] = []
+        self._spaces: dict[str, Space] = {}
+        for name in self.plan.properties:
+            for device in devices_of(name, self.plan.devices):
+                self._add_lane(name, device)
+
+    def _add_lane(self, name: str, device: str) -> None:
+        prop = find_property(name)
+        try:
+            target = target_of(self.plan.target, self.plan.bounded)
+            if reason := prop.missing(target):
+                raise SpaceError(reason)
+            space = prop.space_for(target)
+            if space.get("device"):
+                space = space.narrow(device=Choice(device))
+        except SpaceError as error:
+            nothing = Outcome(name, NOT_APPLICABLE, prop.evidence, device, reason=str(error))
+            self._not_applicable.append(nothing)
+            return
+        try:
+            size = math.prod(_size(factor) for _, factor in space.factors)
+        except SpaceError as error:
+            raise SweepError(f"{name}: {error}; name values in the space file") from error
+        if size > MOST:
+            raise SweepError(
+                f"{name} has {size:,} combinations in this space, more than {MOST:,}; narrow it: "
+                + ", ".join(f"{n} has {_size(f):,}" for n, f in space.factors if _size(f) > 100)
+            )
+        self._spaces[f"{name}@{device}"] = space
+
+    @property
+    def units(self) -> int:
+        """How many units there are, done or not."""
+        return sum(1 for _ in self._units())
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """What came of each property so far, in the plan's order."""
+        totals = [
+            self._total(lane, [o for tag, o in self.done.items() if _lane_of(tag) == lane])
+            for lane in self._spaces
+        ]
+        order = self.plan.properties.index
+        return sorted((*self._not_applicable, *totals), key=lambda o: (order(o.name), o.device))
+
+    def _total(self, lane: str, done: list[Outcome]) -> Outcome:
+        name, _, device = lane.partition("@")
+        missing = sum(1 for unit in self._units() if _lane_of(unit.tag) == lane) - len(done)
+        if not done:
+            reason = "no unit of this property was run"
+            return Outcome(name, NOT_RUN, find_property(name).evidence, device, reason=reason)
+        total = merged(done)
+        if total.verdict != HELD:
+            return total
+        if missing:
+            reason = f"{missing} of {missing + len(done)} units are still to be run"
+            return replace(total, verdict=NOT_RUN, reason=reason)
+        return replace(total, evidence=f"exhausted over {total.cases} cases")
+
+    def run(self, crew: Crew) -> Iterator[Outcome]:
+        """Runs what is not done yet; every outcome is on disk before it is given."""
+
+        def falsified() -> set[str]:
+            return {_lane_of(tag) for tag, o in self.done.items() if o.verdict == FALSIFIED}
+
+        def units() -> Iterator[Unit]:
+            for unit in self._units():
+                if falsified() and not self.plan.keep_going:
+                    return
+                if unit.tag not in self.done and _lane_of(unit.tag) not in falsified():
+                    yield unit
+
+        with _opened(self.state, self.plan.header()) as file:
+            for unit, outcome in run_units(units(), crew):
+                done = replace(outcome, remarkable=())
+                _add(file, {"unit": unit.tag, "outcome": done.to_json()})
+                self.done[unit.tag] = done
+                yield done
+
+    def _units(self) -> Iterator[Unit]:
+        index, count = self.plan.shard
+        for lane, space in self._spaces.items():
+            name, _, device = lane.partition("@")
+            groups = batched(architectures(space), CHUNK)
+            for number, configs in itertools.islice(enumerate(groups), index, None, count):
+                yield Unit(
+                    name,
+                    self.plan.target,
+                    Search(configs=configs, shrinking=10.0),
+                    device=device,
+                    space=self.plan.bounded,
+                    case_timeout=self.plan.case_timeout,
+                    tag=f"{lane}#{number}",
+                )
+
+
+def _lane_of(tag: str) -> str:
+    return tag.rpartition("#")[0]
+
+
+def _size(factor: Factor) -> int:
+    """How many values a factor has."""
+    if isinstance(factor, Choice):
+        return len(factor.values)
+    if isinstance(factor, Integers):
+        return factor.high - factor.low + 1
+    if isinstance(factor, Lists):
+        return sum(_size(factor.element) ** n for n in range(factor.low, factor.high + 1))
+    raise SpaceError(f"the reals from {factor.low} to {factor.high} cannot all be tried")
+
+
+def _read(state: Path, header: Mapping[str, Any]) -> dict[str, Outcome]:
+    """The units that a state file says are done; a last line that was cut off does not count.
+
+    Raises:
+        SweepError: it is the file of another sweep, or no state file at all.
+    """
+    try:
+        lines = state.read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SweepError(f"cannot read {state}: {error}") from error
+    if not lines:
+        return {}
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            if number > 1:
+                continue  # a line that was cut off when the run was ended
+            raise SweepError(f"{state} is not the state of a sweep: {error}") from error
+    if entries[0] != header:
+        raise SweepError(
+            f"{state} is the state of another sweep, or of another shard of it; remove it to begin "
+            "anew, or name another file with --state"
+        )
+    return {entry["unit"]: Outcome.from_json(entry["outcome"]) for entry in entries[1:]}
+
+
+@contextmanager
+def _opened(state: Path, header: Mapping[str, Any]) -> Iterator[TextIO]:
+    """The state file, open at its end."""
+    state.parent.mkdir(parents=True, exist_ok=True)
+    with state.open("a+") as file:
+        file.seek(0)
+        text = file.read()
+        if not text:
+            _add(file, header)
+        elif not text.endswith("\n"):
+            file.write("\n")  # after a line that was cut off
+        yield file
+
+
+def _add(file: TextIO, entry: Mapping[str, Any]) -> None:
+    file.write(json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n")
+    file.flush()
+    os.fsync(file.fileno())

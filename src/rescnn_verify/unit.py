@@ -1,0 +1,137 @@
+"""A unit of work: one search for one property, as JSON, so that any executor can run it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rescnn_verify.case import Case
+from rescnn_verify.engine import Search, search_property
+from rescnn_verify.journal import Journal
+from rescnn_verify.outcome import NOT_APPLICABLE, Outcome
+from rescnn_verify.space import Space, SpaceError
+from rescnn_verify.spacefile import config_of, neighbourhood, space_of
+from rescnn_verify.statement import find_property
+from rescnn_verify.target import Target, load
+
+__all__ = ["Unit", "confined", "run_unit", "target_of"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A property, its target, and where its cases come from.
+
+    Args:
+        name: the property.
+        target: the target as the user names it.
+        search: where cases come from.
+        seed: sampled and drawn cases are a function of it.
+        device: ``"cpu"`` or ``"cuda"``.
+        space: the user's own space, as the data of a space file; None: all that is promised.
+        journal: the file where each case is written before it runs.
+        case_timeout: seconds after which a case ends its process; 0: never.
+        tag: what the campaign calls it.
+    """
+
+    name: str
+    target: str
+    search: Search
+    seed: int = 0
+    device: str = "cpu"
+    space: Mapping[str, Any] | None = None
+    journal: str | None = None
+    case_timeout: float = 0.0
+    tag: str = ""
+
+    def dumps(self) -> str:
+        """The unit as JSON text."""
+        search = vars(self.search) | {
+            "trials": [[case.to_json() for case in trial] for trial in self.search.trials],
+            "configs": [Case(**vars(config)).to_json() for config in self.search.configs],
+        }
+        finite = {key: None if item == math.inf else item for key, item in search.items()}
+        return json.dumps(vars(self) | {"search": finite}, allow_nan=False)
+
+    @classmethod
+    def loads(cls, text: str) -> Unit:
+        """The unit of a JSON text as `dumps` gives it."""
+        data = json.loads(text)
+        search = data["search"]
+        given = {
+            "trials": tuple(tuple(map(Case.from_json, trial)) for trial in search["trials"]),
+            "configs": tuple(Case.from_json(item).config for item in search["configs"]),
+            "seconds": math.inf if search["seconds"] is None else search["seconds"],
+            "shard": tuple(search["shard"]),
+            "known": tuple(search["known"]),
+        }
+        return cls(**{**data, "search": Search(**{**search, **given})})
+
+
+def run_unit(text: str) -> str:
+    """Runs a unit given as JSON, and returns its outcome as JSON: what workers do."""
+    unit = Unit.loads(text)
+    prop = find_property(unit.name)
+    try:
+        target = target_of(unit.target, unit.space)
+    except SpaceError as error:
+        return _dumps(Outcome(unit.name, NOT_APPLICABLE, prop.evidence, reason=str(error)))
+    with ExitStack() as stack:
+        journal = None
+        if unit.journal:
+            journal = stack.enter_context(Journal.open(Path(unit.journal), unit.case_timeout))
+        outcome = search_property(
+            prop, target, unit.search, seed=unit.seed, device=unit.device, journal=journal
+        )
+    return _dumps(outcome)
+
+
+def _dumps(outcome: Outcome) -> str:
+    return json.dumps(outcome.to_json(), allow_nan=False)
+
+
+def target_of(spec: str, space: Mapping[str, Any] | None = None) -> Target:
+    """A target, held to the user's own space if there is one.
+
+    Args:
+        spec: the target as the user names it.
+        space: ``{"space": …}`` with the data of a space file, or ``{"near": …}`` with those of a
+            configuration, which stands for its neighbourhood.
+
+    Raises:
+        TargetError, SpaceFileError: one of them cannot be read.
+        SpaceError: the target promises nothing there.
+    """
+    return _target_of(spec, json.dumps(space))
+
+
+@functools.lru_cache(maxsize=4)
+def _target_of(spec: str, space: str) -> Target:
+    target, data = load(spec), json.loads(space)
+    if data is None:
+        return target
+    if "near" in data:
+        return confined(target, neighbourhood(config_of(data["near"], "--config")))
+    return confined(target, space_of(data["space"], "--space"))
+
+
+def confined(target: Target, space: Space) -> Target:
+    """A target within a space.
+
+    A stack with the contract's constructor promises every configuration, so the space replaces
+    what is explored by default; any other target keeps to its own space.
+
+    Raises:
+        SpaceError: a target with a space of its own promises nothing there.
+    """
+    promised = target.space
+    if target.kind == "stack":
+        promised = Space(
+            {n: f for n, f in promised.factors if not space.get(n)}, where=promised.where
+        )
+    return replace(target, space=space * promised)
