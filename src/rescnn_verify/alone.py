@@ -17,7 +17,7 @@ from rescnn_verify.case import Case
 from rescnn_verify.compare import Falsified
 from rescnn_verify.engine import Search
 from rescnn_verify.journal import last_entry
-from rescnn_verify.outcome import FALSIFIED, HELD, Outcome
+from rescnn_verify.outcome import FALSIFIED, HELD, NOT_RUN, Outcome
 from rescnn_verify.shrinking import shrink
 from rescnn_verify.space import Choice, SpaceError
 from rescnn_verify.statement import find_property
@@ -26,6 +26,9 @@ from rescnn_verify.witness import Witness, WitnessError
 from rescnn_verify.workers import CONTEXT
 
 __all__ = ["Ended", "found_so_far", "post_mortem", "replay", "run_alone", "run_alone_to_the_end"]
+
+#: Seconds after which a case is a hang, where nothing else is said.
+CASE_TIMEOUT = 60.0
 
 #: Seconds that a process may need to start and to say how it ended, besides its cases.
 OVERHEAD = 20.0
@@ -44,10 +47,12 @@ class Ended:
     Args:
         how: the signal, exit code or time limit.
         last: the cases of the last trial, as far as they were begun; None: it had begun none.
+        cut_off: whether it was ended from outside, which says nothing about the target.
     """
 
     how: str
     last: tuple[Case, ...] | None
+    cut_off: bool = False
 
 
 def run_alone(unit: Unit, seconds: float) -> Outcome | Ended:
@@ -81,7 +86,7 @@ def run_alone(unit: Unit, seconds: float) -> Outcome | Ended:
             how = f"no answer within {seconds:g} s"
         else:
             how = _exit(process.exitcode or 0)
-        return Ended(how, entry.trial if entry else None)
+        return Ended(how, entry.trial if entry else None, cut_off=not answered)
 
 
 def _send(sender: Connection, text: str) -> None:
@@ -97,16 +102,16 @@ def _exit(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-def replay(witness: Witness) -> Falsified | None:
+def replay(witness: Witness, case_timeout: float = CASE_TIMEOUT) -> Falsified | None:
     """As `witness.replay`, in a process of its own."""
     unit = Unit(
         witness.name,
         witness.target,
         Search(trials=(witness.trial,)),
         device=witness.case.device,
-        case_timeout=OVERHEAD,
+        case_timeout=case_timeout,
     )
-    result = run_alone(unit, OVERHEAD * (1 + len(witness.trial)))
+    result = run_alone(unit, OVERHEAD + case_timeout * len(witness.trial))
     if isinstance(result, Ended):
         return Falsified(PROCESS, "it returns", result.how)
     if result.verdict == FALSIFIED:
@@ -130,6 +135,11 @@ def run_alone_to_the_end(unit: Unit, until: float) -> Outcome:
     result = run_alone(unit, until - time.monotonic())
     if isinstance(result, Outcome):
         return result
+    if result.cut_off:
+        reason = "the time was up before it ended"
+        return Outcome(
+            unit.name, NOT_RUN, find_property(unit.name).evidence, unit.device, reason=reason
+        )
     if result.last and (outcome := _blamed(unit, result.last, until)):
         return outcome
     return _ended(unit, result.last or (), result.how)
@@ -148,26 +158,32 @@ def post_mortem(unit: Unit, until: float) -> Outcome | None:
     if outcome := found_so_far(unit):
         return outcome
     entry = last_entry(Path(unit.journal)) if unit.journal else None
-    return _blamed(unit, entry.trial, until) if entry else None
+    if entry is None:
+        return None
+    if entry.timed_out:
+        return _smallest(unit, entry.trial, f"no answer within {unit.case_timeout:g} s", until)
+    return _blamed(unit, entry.trial, until)
 
 
 def _blamed(unit: Unit, trial: tuple[Case, ...], until: float) -> Outcome | None:
     """The smallest trial by which a fresh process ends; None if it does not by the given one."""
     ended = _run_trial(unit, trial, until)
-    if not isinstance(ended, Ended):
-        return None
-    smallest, how = trial, ended.how
+    return _smallest(unit, trial, ended.how, until) if ended else None
+
+
+def _smallest(unit: Unit, trial: tuple[Case, ...], how: str, until: float) -> Outcome:
+    """The smallest trial by which a fresh process ends, from one that is known to end it."""
+    smallest = trial
     limit = min(until, time.monotonic() + max(unit.search.shrinking, LEAST_SHRINKING))
 
     def ends(candidate: Sequence[Case]) -> bool:
         nonlocal smallest, how
         if time.monotonic() > limit:
             return False
-        result = _run_trial(unit, tuple(candidate), limit)
-        if not isinstance(result, Ended):
-            return False
-        smallest, how = tuple(candidate), result.how
-        return True
+        ended = _run_trial(unit, tuple(candidate), limit)
+        if ended:
+            smallest, how = tuple(candidate), ended.how
+        return ended is not None
 
     with suppress(SpaceError):  # nothing to choose from
         space = find_property(unit.name).space_for(target_of(unit.target, unit.space))
@@ -177,10 +193,13 @@ def _blamed(unit: Unit, trial: tuple[Case, ...], until: float) -> Outcome | None
     return _ended(unit, smallest, how)
 
 
-def _run_trial(unit: Unit, trial: tuple[Case, ...], until: float) -> Outcome | Ended:
-    seconds = max(1.0, min(unit.case_timeout or OVERHEAD, until - time.monotonic()))
-    alone = replace(unit, search=Search(trials=(trial,)), case_timeout=seconds)
-    return run_alone(alone, seconds * len(trial) + OVERHEAD)
+def _run_trial(unit: Unit, trial: tuple[Case, ...], until: float) -> Ended | None:
+    """How a trial ends a fresh process, None if it does not, or not in the time that is left."""
+    timeout = unit.case_timeout or CASE_TIMEOUT
+    alone = replace(unit, search=Search(trials=(trial,)), case_timeout=timeout)
+    seconds = min(timeout * len(trial) + OVERHEAD, until - time.monotonic())
+    result = run_alone(alone, seconds)
+    return result if isinstance(result, Ended) and not result.cut_off else None
 
 
 def _ended(unit: Unit, trial: tuple[Case, ...], how: str) -> Outcome:

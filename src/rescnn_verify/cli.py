@@ -26,6 +26,7 @@ from rescnn_verify import __version__
 from rescnn_verify.cli_campaigns import fuzz, sweep
 from rescnn_verify.options import (
     DEFAULT_TARGET,
+    DURATION,
     conclude,
     default_count,
     fail,
@@ -138,7 +139,20 @@ def check(
 @click.option(
     "--script", is_flag=True, help="Print a Python script that shows it, and run nothing."
 )
-def replay(places: tuple[str, ...], target: str | None, witnesses: Path, script: bool) -> None:
+@click.option(
+    "--case-timeout",
+    type=DURATION,
+    default="60s",
+    show_default=True,
+    help="A case that takes longer is a hang, of a witness that ended its process.",
+)
+def replay(
+    places: tuple[str, ...],
+    target: str | None,
+    witnesses: Path,
+    script: bool,
+    case_timeout: float,
+) -> None:
     """Run the case of each witness again: exit 1 if one is reproduced, 0 if none is.
 
     A witness is a file, every file of a folder, or the ID at the end of a file's name.
@@ -146,6 +160,7 @@ def replay(places: tuple[str, ...], target: str | None, witnesses: Path, script:
     from dataclasses import replace
 
     from rescnn_verify import report
+    from rescnn_verify.alone import replay as run_alone
     from rescnn_verify.case import CaseError
     from rescnn_verify.statement import PropertyError
     from rescnn_verify.target import TargetError
@@ -165,7 +180,7 @@ def replay(places: tuple[str, ...], target: str | None, witnesses: Path, script:
             continue
         name = f"{escape(witness.name)} on {escape(witness.target)}"
         try:
-            falsified = run(witness)
+            falsified = run_alone(witness, case_timeout) if witness.alone else run(witness)
         except (WitnessError, PropertyError, TargetError, CaseError) as error:
             click.echo(f"error: {path}: {error}", err=True)
             could_not += 1

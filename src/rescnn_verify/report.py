@@ -47,6 +47,13 @@ __all__ = [
 ]
 
 COULD_NOT_RUN = "could not run"
+
+#: Columns for which a narrow terminal has no room: different configurations, pairs of classes of
+#: factors that were met together, cases that came to nothing, and the 95 % upper bound on the rate
+#: of failing trials.
+DETAILS = ("configs", "pairs", "void", "fails <")
+WIDE = 160
+
 STYLES = {HELD: "green", FALSIFIED: "bold red", NOT_APPLICABLE: "dim", NOT_RUN: "dim"}
 
 #: The witness of each falsified property on each device.
@@ -227,7 +234,9 @@ def print_report(console: Console, run: Run, witnesses: Written) -> None:
     table.add_column("property", no_wrap=True)
     table.add_column("verdict")
     table.add_column("evidence", overflow="fold")
-    for heading in ("cases", "assertions", "s"):
+    details = console.width >= WIDE
+    headings = ("cases", "assertions", *(DETAILS if details else ()), "s")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for outcome in run.outcomes:
         if outcome.verdict == NOT_RUN:
@@ -239,6 +248,7 @@ def print_report(console: Console, run: Run, witnesses: Written) -> None:
             _evidence(outcome),
             str(outcome.cases),
             str(outcome.assertions),
+            *(_details(outcome) if details else ()),
             f"{outcome.seconds:.1f}",
         )
     console.print(table)
@@ -292,6 +302,19 @@ def _evidence(outcome: Outcome) -> str:
     return outcome.evidence
 
 
+def _details(outcome: Outcome) -> tuple[str, ...]:
+    """How much of the space was seen, and what follows from it."""
+    coverage = Coverage.of(outcome.pairs)
+    share = f"{coverage.met / coverage.possible:.0%}" if coverage.possible else ""
+    rate = failure_rate_bound(outcome.sampled) if outcome.verdict == HELD else None
+    return (
+        str(outcome.architectures),
+        share,
+        str(outcome.discarded),
+        "" if rate is None else f"{rate:.2%}",
+    )
+
+
 def _summary(run: Run) -> str:
     counts = Counter(
         f"{NOT_RUN} ({o.reason})" if o.verdict == NOT_RUN else o.verdict for o in run.outcomes
@@ -310,7 +333,7 @@ def _summary(run: Run) -> str:
 
 def console() -> Console:
     """Standard output; wide enough for the table when it is not a terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=140)
+    return Console() if sys.stdout.isatty() else Console(width=WIDE)
 
 
 def _print(console: Console, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import importlib
 import json
 import platform
 from collections.abc import Mapping
@@ -186,8 +185,6 @@ def find_witnesses(place: str, folder: Path) -> list[tuple[Path, Witness]]:
 
 def replay(witness: Witness) -> Falsified | None:
     """The falsification that a witness shows now, None when the property holds for it."""
-    if witness.alone:
-        return importlib.import_module("rescnn_verify.alone").replay(witness)  # type: ignore[no-any-return]
     try:
         reproduce(witness.name, witness.target, *(case.to_json() for case in witness.trial))
     except Falsified as falsified:
