@@ -57,24 +57,27 @@ def certify(
     for density in (float(rng.choice([1.0, 0.5, 0.25])), 0.1, 0.03):
         small = _integer_network(blocks, case.dtype, rng, density, fraction)
         x, v = _data(case, 1)
-        room = limit - getattr(exact_pass(small, x, v, fraction=fraction), bits)
+        through = None if bits == "forward_bits" else v
+        plain = exact_pass(small, x, through, fraction=fraction)
+        room = limit - getattr(plain, bits)
         if room < 0:
             continue
         grown = str(rng.choice(["input", "input", "weight", "bias", "mean", "shift"]))
         place = int(rng.integers(len(blocks))), int(rng.integers(len(blocks[0].layers)))
         most = min(int(room), 30)
         exponent = int(rng.choice([0, most, most, int(rng.integers(0, most + 1))]))
-        while True:
-            network = small
+        for smaller in range(exponent, 0, -1):
+            network, large = small, x
             if grown == "input":
-                x, v = _data(case, 2**exponent)
-            elif exponent > 0:
-                network = _grow(small, place, grown, case, exponent)
-            expected = exact_pass(network, x, v, fraction=fraction)
+                large, _ = _data(case, 2**smaller)
+            else:
+                network = _grow(small, place, grown, case, smaller)
+            expected = exact_pass(network, large, through, fraction=fraction)
             if getattr(expected, bits) <= limit:
                 write_network(network, blocks)
-                return Certified(network, x, v, expected)
-            exponent -= 1
+                return Certified(network, large, v, expected)
+        write_network(small, blocks)
+        return Certified(small, x, v, plain)
     return None
 
 

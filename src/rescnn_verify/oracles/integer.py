@@ -29,6 +29,9 @@ __all__ = ["ExactPass", "exact_pass"]
 class ExactPass:
     """Forward and backward pass of an integer network.
 
+    Without a backward pass there are no gradients, and nobody knows how many bits it needs: they
+    are infinitely many.
+
     Args:
         out: the output, shape of the input.
         input_gradient: Jᵀv, shape of the input.
@@ -63,7 +66,7 @@ class _Bits:
 
 
 def exact_pass(
-    network: tuple[Block, ...], x: Array, v: Array, *, fraction: float = 1.0
+    network: tuple[Block, ...], x: Array, v: Array | None, *, fraction: float = 1.0
 ) -> ExactPass:
     """Forward and backward pass of a network whose norms multiply by ±2^i, i ≥ 0.
 
@@ -72,7 +75,7 @@ def exact_pass(
             adding eps changes nothing in the dtype under test. Block i's shifts are multiples of
             ``fraction^(2i + 1)`` in the branches and ``fraction^(2i + 2)`` in the fusion, i ≥ 0.
         x, v: the input and the vector of the vector-Jacobian product, integers of shape (batch,
-            channels, length).
+            channels, length); v None: no backward pass.
         fraction: 1 or ½.
     """
     forward, backward, weights = _Bits(), _Bits(), _Bits()
@@ -91,6 +94,9 @@ def exact_pass(
         kink |= bool((total == 0).any())
         tape.append((inside, fused, total, unit))
         out, unit = np.maximum(total, 0), unit * fraction**2
+    if v is None:
+        nothing = np.empty(0)
+        return ExactPass(out, nothing, (), forward.most, np.inf, np.inf, kink, tuple(masks))
     gradient = v
     gradients: list[tuple[Gradients[Array], ...]] = []
     for block, (inside, fused, total, unit) in zip(reversed(network), reversed(tape), strict=True):
