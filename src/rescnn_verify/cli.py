@@ -75,6 +75,10 @@ def check(
     seed: int,
     space_file: Path | None,
     config_file: Path | None,
+    channels: int | None,
+    num_blocks: int | None,
+    kernel_sizes: list[int] | None,
+    dropout: float | None,
     device: str,
     require_cuda: bool,
     against: str | None,
@@ -94,7 +98,14 @@ def check(
     with Processes(count) if count > 1 else Here() as crew:
         from rescnn_verify import campaign, report
 
-        space = space_data(space_file, config_file)
+        space = space_data(
+            space_file,
+            config_file,
+            channels=channels,
+            num_blocks=num_blocks,
+            kernel_sizes=kernel_sizes,
+            dropout=dropout,
+        )
         target, names = selected(target, against, expression, space)
         devices = usable_devices(device, require_cuda)
         plan = campaign.Plan(target, names, profile, seed, devices, stop_early, space)

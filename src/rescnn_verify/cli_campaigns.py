@@ -111,6 +111,10 @@ def fuzz(
     junit_file: Path | None,
     space_file: Path | None,
     config_file: Path | None,
+    channels: int | None,
+    num_blocks: int | None,
+    kernel_sizes: list[int] | None,
+    dropout: float | None,
     device: str,
     require_cuda: bool,
     against: str | None,
@@ -133,7 +137,14 @@ def fuzz(
         from rescnn_verify.fuzz import Campaign, FuzzPlan
         from rescnn_verify.known import KnownError, read_baseline, read_known, signatures
 
-        space = space_data(space_file, config_file)
+        space = space_data(
+            space_file,
+            config_file,
+            channels=channels,
+            num_blocks=num_blocks,
+            kernel_sizes=kernel_sizes,
+            dropout=dropout,
+        )
         target, names = selected(target, against, expression, space)
         devices = usable_devices(device, require_cuda)
         try:

@@ -68,7 +68,18 @@ class _Shard(click.ParamType):  # type: ignore[type-arg]
         return int(parts[1]) - 1, int(parts[2])
 
 
-DURATION, SHARD = _Duration(), _Shard()
+class _Kernels(click.ParamType):  # type: ignore[type-arg]
+    name = "kernel sizes"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        if isinstance(value, list):
+            return value
+        if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", value):
+            self.fail(f"{value!r} is not a list of kernel sizes; write 3,5,7", param, ctx)
+        return [int(size) for size in value.split(",")]
+
+
+DURATION, SHARD, KERNELS = _Duration(), _Shard(), _Kernels()
 
 
 def _all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -142,23 +153,34 @@ space_options = _all_of(
         metavar="FILE.toml",
         help="Only this configuration and its neighbours.",
     ),
+    click.option("--channels", type=int, help="Of the one configuration, instead of a file."),
+    click.option("--num-blocks", type=int, help="The same."),
+    click.option("--kernel-sizes", type=KERNELS, metavar="3,5,7", help="The same."),
+    click.option("--dropout", type=float, help="The same."),
 )
 
 
-def space_data(space: Path | None, config: Path | None) -> Mapping[str, Any] | None:
-    """The user's own space as `Unit` has it, None if there is none; a mistake ends the command."""
+def space_data(space: Path | None, config: Path | None, **one: Any) -> Mapping[str, Any] | None:
+    """The user's own space as `Unit` has it, None if there is none; a mistake ends the command.
+
+    Args:
+        space: a space file.
+        config: the file of a configuration.
+        one: what the options say of a configuration, None where they say nothing.
+    """
     from rescnn_verify.spacefile import SpaceFileError, config_of, read_table, space_of
 
-    if space and config:
-        fail("--space and --config cannot be combined: a configuration has a space of its own")
+    given = {name: item for name, item in one.items() if item is not None}
+    if space and (config or given):
+        fail("--space cannot be combined with a configuration, which has a space of its own")
     try:
         if space:
             data = read_table(space)
             space_of(data, str(space))
             return {"space": data}
-        if config:
-            data = read_table(config)
-            config_of(data, str(config))
+        if config or given:
+            data = (read_table(config) if config else {}) | given
+            config_of(data, str(config) if config else "the configuration of the command line")
             return {"near": data}
     except SpaceFileError as error:
         fail(str(error))

@@ -13,9 +13,10 @@ from typing import Any
 
 from rescnn_verify.case import Case
 from rescnn_verify.engine import Search, search_property
+from rescnn_verify.enumeration import values_of
 from rescnn_verify.journal import Journal
 from rescnn_verify.outcome import NOT_APPLICABLE, Outcome
-from rescnn_verify.space import Space, SpaceError
+from rescnn_verify.space import Choice, Lists, Space, SpaceError
 from rescnn_verify.spacefile import config_of, neighbourhood, space_of
 from rescnn_verify.statement import find_property
 from rescnn_verify.target import Target, load
@@ -127,11 +128,29 @@ def confined(target: Target, space: Space) -> Target:
     what is explored by default; any other target keeps to its own space.
 
     Raises:
-        SpaceError: a target with a space of its own promises nothing there.
+        SpaceError: a target with a space of its own promises nothing there, or there are kernels
+            that the contract lets an implementation refuse.
     """
     promised = target.space
+    if target.follows_contract and (even := _even_kernel(space)):
+        raise SpaceError(
+            f"kernel_sizes: {even} is even, which the contract lets an implementation refuse; leave "
+            "it out, or promise it by a rescnn_verify.Target"
+        )
     if target.kind == "stack":
         promised = Space(
             {n: f for n, f in promised.factors if not space.get(n)}, where=promised.where
         )
     return replace(target, space=space * promised)
+
+
+def _even_kernel(space: Space) -> int | None:
+    """An even kernel size of a space, None if there is none."""
+    factor = space.get("kernel_sizes")
+    if isinstance(factor, Lists):
+        sizes = values_of("kernel_sizes", factor.element)
+    elif isinstance(factor, Choice):
+        sizes = (size for kernels in factor.values for size in kernels)
+    else:
+        return None
+    return next((size for size in sizes if size % 2 == 0), None)
