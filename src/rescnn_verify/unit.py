@@ -134,8 +134,8 @@ def confined(target: Target, space: Space) -> Target:
     promised = target.space
     if target.follows_contract and (even := _even_kernel(space)):
         raise SpaceError(
-            f"kernel_sizes: {even} is even, which the contract lets an implementation refuse; leave "
-            "it out, or promise it by a rescnn_verify.Target"
+            f"kernel_sizes: {even} is even, which the contract lets an implementation refuse; "
+            "leave it out, or promise it by a rescnn_verify.Target"
         )
     if target.kind == "stack":
         promised = Space(
