@@ -17,13 +17,15 @@ from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
 
+from rescnn_verify.campaign import select
 from rescnn_verify.drawing import RandomDraw, draw_trial
 from rescnn_verify.engine import PROFILES, check_property
+from rescnn_verify.fuzz import Campaign, FuzzPlan
 from rescnn_verify.outcome import FALSIFIED, QUIET, Outcome
 from rescnn_verify.space import ARCHITECTURES, INPUTS
 from rescnn_verify.statement import all_properties
 from rescnn_verify.target import contract_target
-from rescnn_verify.workers import usable_cores, workers
+from rescnn_verify.workers import Here, usable_cores, workers
 from tests.zoo import RIGHT, WRONG
 
 #: Faults that fewer cases of the whole space can show are only reported, not demanded.
@@ -54,6 +56,17 @@ def run(name: str, seed: int, profile: str, full: bool) -> tuple[str, int, list[
     return name, seed, outcomes
 
 
+def fuzzed(name: str, seed: int, seconds: float) -> tuple[str, int, list[Outcome]]:
+    """The outcomes of one implementation in a campaign of so many seconds, on one core."""
+    (cls,) = (entry.cls for entry in (*WRONG, *RIGHT) if entry.cls.__name__ == name)
+    names = tuple(prop.name for prop in select(None, pairs=False))
+    plan = FuzzPlan(f"{cls.__module__}:{name}", names, seconds, seed)
+    campaign = Campaign(plan)
+    for _ in campaign.run(Here()):
+        pass
+    return name, seed, campaign.outcomes
+
+
 def density(trigger, samples: int = 4000) -> float:
     """The share of the sampled space's cases that can show a fault."""
     draw = RandomDraw(0)
@@ -68,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", choices=PROFILES, default="default", help="for wrong ones")
     parser.add_argument("--right-profile", choices=PROFILES, default="default")
     parser.add_argument("--full", action="store_true", help="run every property on every fault")
+    parser.add_argument("--fuzz", type=float, metavar="SECONDS", help="by a campaign of so long")
     parser.add_argument("--only", nargs="*", help="names of implementations")
     parser.add_argument("--families", nargs="*", help="wrong implementations of these families")
     parser.add_argument("--right", action="store_true", help="right implementations only")
@@ -87,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, dict[int, list[Outcome]]] = defaultdict(dict)
     with workers(usable_cores()) as executor:
         futures = [
-            executor.submit(
+            executor.submit(fuzzed, n, s, options.fuzz)
+            if options.fuzz
+            else executor.submit(
                 run, n, s, options.right_profile if n in right else options.profile, options.full
             )
             for s in range(options.seeds)

@@ -8,7 +8,8 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED as FIRST
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
@@ -19,13 +20,15 @@ from rescnn_verify.engine import PROFILES, Search
 from rescnn_verify.needs import ANOTHER
 from rescnn_verify.outcome import FALSIFIED, Outcome
 from rescnn_verify.statement import Property, all_properties, find_property
-from rescnn_verify.unit import Unit, run_unit
+from rescnn_verify.unit import Unit, failed, run_unit
 from rescnn_verify.workers import Crew
 
 __all__ = ["Plan", "SelectionError", "devices_of", "run_plan", "run_units", "select"]
 
 #: Seconds that a unit may take to end after its time is up, before its worker is killed.
 GRACE = 1.5
+#: Seconds after which it is asked again whether the time is up.
+POLL = 0.2
 
 
 class SelectionError(ValueError):
@@ -117,17 +120,21 @@ def _matches(node: ast.expr, name: str) -> bool:
     raise SelectionError
 
 
-def run_plan(plan: Plan, crew: Crew) -> Iterator[Outcome]:
+def run_plan(
+    plan: Plan, crew: Crew, *, until: Callable[[], float] = lambda: math.inf
+) -> Iterator[Outcome]:
     """The outcomes of a plan, each as it comes; fewer if it stops early.
 
     Args:
         plan: what to check.
         crew: where it runs.
+        until: as in `run_units`.
     """
-    for _, outcome in run_units(iter(plan.units), crew):
+    found: list[float] = []
+    for _, outcome in run_units(iter(plan.units), crew, until=lambda: min([until(), *found])):
         yield outcome
         if plan.stop_early and outcome.verdict == FALSIFIED:
-            return
+            found.append(time.monotonic())
 
 
 def run_units(
@@ -158,9 +165,9 @@ def run_units(
                 running[crew.submit(run_unit, unit.dumps())] = unit
             if not running:
                 return
-            left = until() - time.monotonic()
-            wait(running, None if left == math.inf else max(0.0, left) + GRACE, return_when=FIRST)
-            done = [future for future in running if future.done()]
+            done: Collection[Future[str]] = ()
+            while not done and time.monotonic() < until() + GRACE:
+                done, _ = wait(running, timeout=POLL, return_when=FIRST)
             if not done:
                 break
             lost = []
@@ -170,6 +177,8 @@ def run_units(
                     yield unit, Outcome.from_json(json.loads(future.result()))
                 except crew.lost:
                     lost.append(unit)
+                except Exception:  # of what carries units, not of what runs them
+                    yield unit, failed(unit, traceback.format_exc())
             if lost and crew.together:
                 lost += running.values()
                 running.clear()

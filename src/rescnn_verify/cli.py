@@ -8,6 +8,7 @@ and a wrong option is answered at once.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import traceback
@@ -27,6 +28,7 @@ from rescnn_verify.cli_campaigns import fuzz, sweep
 from rescnn_verify.options import (
     DEFAULT_TARGET,
     DURATION,
+    Witnesses,
     conclude,
     default_count,
     fail,
@@ -34,6 +36,7 @@ from rescnn_verify.options import (
     selected,
     space_data,
     space_options,
+    stopping_on_interrupt,
     usable_devices,
     writable,
 )
@@ -110,15 +113,12 @@ def check(
         devices = usable_devices(device, require_cuda)
         plan = campaign.Plan(target, names, profile, seed, devices, stop_early, space)
         outcomes: list[Outcome] = []
-        interrupted = False
-        try:
-            with _progress(len(plan.units)) as advance:
-                for outcome in campaign.run_plan(plan, crew):
-                    outcomes.append(outcome)
-                    advance(outcome)
-        except KeyboardInterrupt:
-            interrupted = True
-            crew.kill()  # it may hang in the target's code
+        found = Witnesses(target, witnesses)
+        with stopping_on_interrupt() as interrupt, _progress(len(plan.units)) as advance:
+            for outcome in campaign.run_plan(plan, crew, until=lambda: interrupt.at):
+                found.add(outcome)
+                outcomes.append(outcome)
+                advance(outcome)
     outcomes.sort(key=lambda outcome: (names.index(outcome.name), outcome.device))
     run = report.Run(
         f"rescnn-verify check {target}",
@@ -130,8 +130,8 @@ def check(
         time.perf_counter() - start,
         {"profile": profile, "seed": seed},
     )
-    conclude(run, witnesses, json_file, None)
-    if interrupted:
+    conclude(run, found, json_file, None)
+    if interrupt.at < math.inf:
         fail(f"interrupted after {len(outcomes)} of {len(plan.units)} properties")
     sys.exit(report.exit_code(run.verdict))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import sys
 import time
@@ -19,6 +20,7 @@ from rescnn_verify.options import (
     DEFAULT_TARGET,
     DURATION,
     SHARD,
+    Witnesses,
     conclude,
     default_count,
     fail,
@@ -26,6 +28,7 @@ from rescnn_verify.options import (
     selected,
     space_data,
     space_options,
+    stopping_on_interrupt,
     usable_devices,
     writable,
 )
@@ -170,18 +173,15 @@ def fuzz(
             first=kept.trials() if kept else {},
         )
         campaign = Campaign(plan)
-        interrupted = False
-        complaints: list[str] = []
-        try:
+        found = Witnesses(target, witnesses)
+        with stopping_on_interrupt() as interrupt:
             complaints = _stale(known, target, names, crew)
             with _progress_of(campaign) as advance:
-                for event in campaign.run(crew):
+                for event in campaign.run(crew, until=lambda: interrupt.at):
+                    found.add(event.outcome)
                     advance(event)
                     if kept is not None:
                         _keep(kept, event.outcome)
-        except KeyboardInterrupt:
-            interrupted = True
-            crew.kill()
     run = report.Run(
         f"rescnn-verify fuzz {target}",
         target,
@@ -193,8 +193,8 @@ def fuzz(
         {"seed": seed, "shard": f"{shard[0] + 1}/{shard[1]}", "max_time": max_time},
         tuple(complaints),
     )
-    conclude(run, witnesses, json_file, junit_file)
-    if interrupted:
+    conclude(run, found, json_file, junit_file)
+    if interrupt.at < math.inf:
         fail("interrupted; what was found until then is above")
     sys.exit(report.exit_code(run.verdict))
 
@@ -270,21 +270,20 @@ def sweep(
             work = Sweep(plan, state)
         except SweepError as error:
             fail(str(error))
-        interrupted = False
         resumed = len(work.done)
+        found = Witnesses(target, witnesses)
         try:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            with stopping_on_interrupt() as interrupt, bar as progress:
                 task = progress.add_task("sweeping", total=work.units, completed=resumed)
                 cases = 0
-                for outcome in work.run(crew):
+                for outcome in work.run(crew, until=lambda: interrupt.at):
+                    found.add(outcome)
                     cases += outcome.cases
                     rate = cases / (time.monotonic() - start)
                     text = f"{escape(outcome.name)} · {cases} cases, {rate:.0f}/s"
                     progress.update(task, advance=1, description=text)
-        except KeyboardInterrupt:
-            interrupted = True
-            crew.kill()
         except OSError as error:
             crew.kill()
             fail(f"--state {state}: {error.strerror}; what it holds is kept")
@@ -298,8 +297,8 @@ def sweep(
         time.monotonic() - start,
         {"space": plan.bounded["space"], "shard": f"{shard[0] + 1}/{shard[1]}", "resumed": resumed},
     )
-    conclude(run, witnesses, json_file, None)
-    if interrupted:
+    conclude(run, found, json_file, None)
+    if interrupt.at < math.inf:
         fail(f"interrupted; the same command goes on from {state}")
     sys.exit(report.exit_code(run.verdict))
 

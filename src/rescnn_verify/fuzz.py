@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rescnn_verify.campaign import devices_of, run_units
@@ -20,7 +21,15 @@ from rescnn_verify.case import Case
 from rescnn_verify.engine import Search
 from rescnn_verify.enumeration import smallest_first
 from rescnn_verify.evidence import merged
-from rescnn_verify.outcome import BAD_TARGET, FALSIFIED, INTERNAL_ERROR, NOT_RUN, Outcome
+from rescnn_verify.outcome import (
+    BAD_TARGET,
+    FALSIFIED,
+    INTERNAL_ERROR,
+    KNOWN,
+    NOT_RUN,
+    Outcome,
+    signature,
+)
 from rescnn_verify.space import Choice, SpaceError
 from rescnn_verify.statement import find_property
 from rescnn_verify.unit import Unit, target_of
@@ -125,18 +134,29 @@ class Campaign:
     def seconds_left(self) -> float:
         return max(0.0, self._until - time.monotonic())
 
-    def run(self, crew: Crew) -> Iterator[Event]:
-        """Runs until the time is up, a property is falsified, or nothing is left to run."""
+    def run(self, crew: Crew, *, until: Callable[[], float] = lambda: math.inf) -> Iterator[Event]:
+        """Runs until the time is up, a property is falsified, or nothing is left to run.
+
+        Args:
+            crew: where it runs.
+            until: as in `run_units`, should it be sooner than the plan's budget.
+        """
         self._until = time.monotonic() + self.plan.seconds
-        for unit, outcome in run_units(self._units(), crew, until=lambda: self._until):
+        for unit, outcome in run_units(
+            self._units(), crew, until=lambda: min(self._until, until())
+        ):
             lane = self._lanes[unit.name, unit.device]
+            if signature(outcome.what, outcome.got) in unit.search.known:  # of a process that ended
+                outcome = replace(
+                    outcome, verdict=KNOWN, reason="its process ended as a known failure's does"
+                )
             new = (outcome.pairs & ~lane.total.pairs).bit_count()
             lane.promise = (1.0 + new) / (0.001 + outcome.seconds)
             lane.total = merged((lane.total, outcome))
             lane.closed |= outcome.verdict in CLOSING or outcome.cases == 0 or outcome.ended
             yield Event(outcome, self._round)
             if outcome.verdict == FALSIFIED and not self.plan.keep_going:
-                self._until = time.monotonic()  # what runs now may still end, and have found more
+                self._until = time.monotonic()  # what runs now may have found more
 
     def _units(self) -> Iterator[Unit]:
         for self._round in itertools.count(1):

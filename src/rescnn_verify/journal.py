@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,10 +38,18 @@ class Journal:
     @classmethod
     @contextmanager
     def open(cls, path: Path, case_timeout: float = 0.0) -> Iterator[Journal]:
-        """A journal in a new file, which is gone when the work is done."""
+        """A journal in a new file, which is gone when the work is done.
+
+        Where none can be written, as on a full disk, the work goes on without.
+        """
+        try:
+            path.touch()
+        except OSError:
+            path = Path(os.devnull)
         with path.open("w") as file:
             yield cls(file, case_timeout)
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink()
 
     @contextmanager
     def running(self, trial: Iterable[Case]) -> Iterator[None]:
@@ -62,8 +71,9 @@ class Journal:
         self._add(trial=[case.to_json() for case in trial], found=found)
 
     def _add(self, **entry: Any) -> None:
-        self._file.write(json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n")
-        self._file.flush()
+        with suppress(OSError):
+            self._file.write(json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n")
+            self._file.flush()
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -13,12 +18,15 @@ import click
 from rescnn_verify.workers import usable_cores
 
 if TYPE_CHECKING:
+    from rescnn_verify.outcome import Outcome
     from rescnn_verify.report import Run
 
 __all__ = [
     "DEFAULT_TARGET",
     "DURATION",
     "SHARD",
+    "Interrupt",
+    "Witnesses",
     "conclude",
     "default_count",
     "fail",
@@ -26,6 +34,7 @@ __all__ = [
     "selected",
     "space_data",
     "space_options",
+    "stopping_on_interrupt",
     "usable_devices",
     "writable",
 ]
@@ -227,25 +236,73 @@ def writable(file: Path | None, option: str) -> None:
         fail(f"{option} {file}: there is no folder {file.absolute().parent}")
 
 
-def conclude(run: Run, witnesses: Path, json_file: Path | None, junit_file: Path | None) -> None:
-    """Writes witnesses, prints the report, and writes it to files."""
+@dataclass
+class Interrupt:
+    """When Ctrl-C was pressed, in seconds of `time.monotonic`; infinity: not yet."""
+
+    at: float = math.inf
+
+
+@contextmanager
+def stopping_on_interrupt() -> Iterator[Interrupt]:
+    """Lets Ctrl-C end the run in order, with all that was found; pressed again, it ends at once."""
+    interrupt = Interrupt()
+
+    def handle(*_: object) -> None:
+        interrupt.at = time.monotonic()
+        signal.signal(signal.SIGINT, before)
+        click.echo("stopping; Ctrl-C again ends it at once", err=True)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Witnesses:
+    """Writes the witness of each falsified property as soon as it is known.
+
+    Args:
+        target: the target as reports name it.
+        folder: where they go.
+    """
+
+    def __init__(self, target: str, folder: Path) -> None:
+        self.written: dict[tuple[str, str], Path] = {}
+        self._target, self._folder = target, folder
+        self._warned = False
+
+    def add(self, outcome: Outcome) -> None:
+        """Writes the witness of an outcome, if it has one; a full disk is said once."""
+        from rescnn_verify.report import witness_of
+
+        witness = witness_of(outcome, self._target)
+        if witness is None:
+            return
+        try:
+            self.written[outcome.name, outcome.device] = witness.write(self._folder)
+        except OSError as error:
+            if not self._warned:
+                text = f"warning: cannot write witnesses to {self._folder}: {error.strerror}"
+                click.echo(text, err=True)
+            self._warned = True
+
+
+def conclude(
+    run: Run, witnesses: Witnesses, json_file: Path | None, junit_file: Path | None
+) -> None:
+    """Prints the report and writes it to files."""
     from rescnn_verify import report
 
-    written = {}
-    try:
-        for outcome in run.outcomes:
-            if witness := report.witness_of(outcome, run.target):
-                written[outcome.name, outcome.device] = witness.write(witnesses)
-    except OSError as error:
-        click.echo(f"warning: cannot write witnesses to {witnesses}: {error.strerror}", err=True)
-    report.print_report(report.console(), run, written)
+    report.print_report(report.console(), run, witnesses.written)
     for file, option, text in (
         (json_file, "--json", report.json_text),
         (junit_file, "--junit", report.junit_text),
     ):
         try:
             if file:
-                file.write_text(text(run, written))
+                file.write_text(text(run, witnesses.written))
         except OSError as error:
             fail(f"{option} {file}: {error.strerror}")
 

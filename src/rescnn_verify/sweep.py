@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -150,8 +150,15 @@ class Sweep:
             return replace(total, verdict=NOT_RUN, reason=reason)
         return replace(total, evidence=f"exhausted over {total.cases} cases")
 
-    def run(self, crew: Crew) -> Iterator[Outcome]:
-        """Runs what is not done yet; every outcome is on disk before it is given."""
+    def run(
+        self, crew: Crew, *, until: Callable[[], float] = lambda: math.inf
+    ) -> Iterator[Outcome]:
+        """Runs what is not done yet; every outcome is on disk before it is given.
+
+        Args:
+            crew: where it runs.
+            until: as in `run_units`; what was not done by then is left for the next run.
+        """
 
         def falsified() -> set[str]:
             return {_lane_of(tag) for tag, o in self.done.items() if o.verdict == FALSIFIED}
@@ -164,7 +171,7 @@ class Sweep:
                     yield unit
 
         with _opened(self.state, self.plan.header()) as file:
-            for unit, outcome in run_units(units(), crew):
+            for unit, outcome in run_units(units(), crew, until=until):
                 done = replace(outcome, remarkable=())
                 _add(file, {"unit": unit.tag, "outcome": done.to_json()})
                 self.done[unit.tag] = done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,13 +16,13 @@ from rescnn_verify.case import Case
 from rescnn_verify.engine import Search, search_property
 from rescnn_verify.enumeration import values_of
 from rescnn_verify.journal import Journal
-from rescnn_verify.outcome import NOT_APPLICABLE, Outcome
+from rescnn_verify.outcome import BAD_TARGET, INTERNAL_ERROR, NOT_APPLICABLE, Outcome
 from rescnn_verify.space import Choice, Lists, Space, SpaceError
 from rescnn_verify.spacefile import config_of, neighbourhood, space_of
 from rescnn_verify.statement import find_property
-from rescnn_verify.target import Target, load
+from rescnn_verify.target import Target, TargetError, load
 
-__all__ = ["Unit", "confined", "run_unit", "target_of"]
+__all__ = ["Unit", "confined", "failed", "run_unit", "target_of"]
 
 
 @dataclass(frozen=True)
@@ -77,23 +78,41 @@ class Unit:
 def run_unit(text: str) -> str:
     """Runs a unit given as JSON, and returns its outcome as JSON: what workers do."""
     unit = Unit.loads(text)
-    prop = find_property(unit.name)
     try:
-        target = target_of(unit.target, unit.space)
+        outcome = _run(unit)
     except SpaceError as error:
-        return _dumps(Outcome(unit.name, NOT_APPLICABLE, prop.evidence, reason=str(error)))
+        outcome = _nothing(unit, NOT_APPLICABLE, str(error))
+    except TargetError as error:
+        outcome = _nothing(unit, BAD_TARGET, str(error))
+    except Exception:
+        outcome = failed(unit, traceback.format_exc())
+    return json.dumps(outcome.to_json(), allow_nan=False)
+
+
+def _run(unit: Unit) -> Outcome:
+    target = target_of(unit.target, unit.space)
     with ExitStack() as stack:
         journal = None
         if unit.journal:
             journal = stack.enter_context(Journal.open(Path(unit.journal), unit.case_timeout))
-        outcome = search_property(
-            prop, target, unit.search, seed=unit.seed, device=unit.device, journal=journal
+        return search_property(
+            find_property(unit.name),
+            target,
+            unit.search,
+            seed=unit.seed,
+            device=unit.device,
+            journal=journal,
         )
-    return _dumps(outcome)
 
 
-def _dumps(outcome: Outcome) -> str:
-    return json.dumps(outcome.to_json(), allow_nan=False)
+def failed(unit: Unit, reason: str) -> Outcome:
+    """The outcome of a unit that could not be run by a mistake that is not the target's."""
+    return _nothing(unit, INTERNAL_ERROR, reason)
+
+
+def _nothing(unit: Unit, verdict: str, reason: str) -> Outcome:
+    evidence = find_property(unit.name).evidence
+    return Outcome(unit.name, verdict, evidence, unit.device, reason=reason)
 
 
 def target_of(spec: str, space: Mapping[str, Any] | None = None) -> Target:

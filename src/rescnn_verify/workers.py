@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
@@ -121,7 +122,11 @@ def workers(count: int) -> ProcessPoolExecutor:
 
 
 def _end_with_the_parent() -> None:
-    """Ends this worker when the process that started it is gone, killed or not."""
+    """Ends this worker when the process that started it is gone, and only then.
+
+    Ctrl-C in a terminal reaches workers, too, but it is the parent's to say what ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
