@@ -1,6 +1,7 @@
 """Comparisons hold, or say what was expected and what was got."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 from rescnn_verify.compare import (
     Comparison,
     Falsified,
+    at_most,
     attempt,
     equal,
     holds,
     refuses,
     same_bits,
+    same_tensors,
     within,
 )
 from rescnn_verify.oracles.real import Bounded
@@ -203,6 +206,58 @@ def raiser(error):
     return action
 
 
+def test_within_quotes_the_place_of_a_nan():
+    got = torch.tensor([1.0, NAN, 1.0], dtype=torch.float64)
+    error = falsification(lambda: within(got, Bounded(np.ones(3), np.full(3, 0.5)), "out"))
+    assert "at [1] (1 of 3" in error.what
+
+
+def test_within_takes_every_dtype():
+    got = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    assert within(got, Bounded(np.array([1.0, 2.0]), np.zeros(2)), "out").ratio == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_within_fails_without_a_warning_where_the_bound_is_0():
+    got = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    falsification(lambda: within(got, Bounded(np.array([1.0, 3.0]), np.zeros(2)), "out"))
+
+
+def test_at_most_returns_the_ratio():
+    assert at_most(1.0, 4.0, "norm") == Comparison("norm", 0.25)
+    assert at_most(4.0, 4.0, "norm") == Comparison("norm", 1.0)
+    assert at_most(0.0, 0.0, "norm") == Comparison("norm", 0.0)
+
+
+@pytest.mark.parametrize("got", [4.5, INF, NAN])
+def test_at_most_fails_above_the_bound(got):
+    error = falsification(lambda: at_most(got, 4.0, "norm"))
+    assert (error.what, error.expected, error.got) == ("norm", "at most 4.0", repr(got))
+
+
+def test_same_tensors_compares_every_name():
+    one = {"a": torch.ones(2), "b": torch.zeros(2)}
+    assert same_tensors(one, dict(one), "state") == Comparison("state")
+    error = falsification(lambda: same_tensors(one | {"b": torch.ones(2)}, one, "state"))
+    assert error.what.startswith("state: b at [0] (2 of 2")
+    assert (error.expected, error.got) == ("0.0", "1.0")
+
+
+@pytest.mark.parametrize("names", [["a"], ["b", "a"], ["a", "b", "c"]])
+def test_same_tensors_compares_names_and_their_order(names):
+    expected = {"a": torch.ones(1), "b": torch.ones(1)}
+    got = {name: torch.ones(1) for name in names}
+    error = falsification(lambda: same_tensors(got, expected, "state"))
+    assert error.what == "state: names"
+    assert (error.expected, error.got) == ("['a', 'b']", repr(names))
+
+
+def test_a_falsification_travels_between_processes():
+    sent = Falsified("the sum", "three", "four")
+    came = pickle.loads(pickle.dumps(sent))
+    assert (came.what, came.expected, came.got) == ("the sum", "three", "four")
+
+
 def test_attempt_returns_the_result():
     assert attempt("forward", lambda: 5) == 5
 
@@ -233,7 +288,8 @@ def test_attempt_lets_an_interrupt_pass():
 
 
 def test_a_long_exception_is_cut():
-    assert len(falsification(lambda: attempt("f", raiser(ValueError("x" * 9999)))).got) < 400
+    error = falsification(lambda: attempt("f", raiser(ValueError("x" * 9999))))
+    assert error.got == f"ValueError: {'x' * 300}"
 
 
 def test_refuses_returns_the_refusal():

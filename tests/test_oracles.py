@@ -505,6 +505,43 @@ def test_the_sums_of_a_weight_gradient_count():
     assert found.weight_bits >= needed_bits(3 * large) + 2
 
 
+def test_gradients_that_no_branch_passes_on_count():
+    dead = one_tap(1, -5)
+    found = exact_pass((Block((dead,), one_tap(8, 0)),), row(1), row(2**20))
+    assert found.input_gradient == 2**20
+    assert found.backward_bits == 23
+
+
+def two_channels(weight, shift, mean=0):
+    """Two channels that do not see each other, with one tap."""
+    one = {"bias": 0, "scale": 4, "shift": shift, "mean": mean}
+    arrays = {name: np.full(2, float(number)) for name, number in one.items()}
+    return Layer(weight=weight * np.eye(2)[..., None], **arrays, variance=np.full(2, 16.0), eps=0.0)
+
+
+def test_the_sum_of_a_shift_gradient_counts_channel_by_channel():
+    network = (Block((two_channels(0, -1),), two_channels(0, 1)),)
+    found = exact_pass(network, np.zeros((1, 2, 4)), np.full((1, 2, 4), 2.0**10))
+    assert (found.gradients[0][1].shift == 2**12).all()
+    assert found.weight_bits == 12
+
+
+def test_the_sum_of_a_scale_gradient_counts_channel_by_channel():
+    network = (Block((two_channels(0, -1),), two_channels(0, 2**11, mean=2**10)),)
+    found = exact_pass(network, np.ones((1, 2, 1)), np.full((1, 2, 1), 2.0**12))
+    assert (found.gradients[0][1].scale == -(2.0**20)).all()
+    assert found.weight_bits == 22
+
+
+def test_without_a_vector_there_is_no_backward_pass():
+    found = certified(TINY[1], 0)
+    forward = exact_pass(found.network, found.x, None, fraction=0.5)
+    assert np.array_equal(forward.out, found.expected.out)
+    assert forward.forward_bits == found.expected.forward_bits
+    assert forward.backward_bits == forward.weight_bits == np.inf
+    assert forward.gradients == ()
+
+
 def test_the_unit_of_a_later_block_counts():
     fractions = [Fraction(1, 2**i) for i in range(1, 5)]
     network = tuple(

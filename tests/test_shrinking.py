@@ -103,6 +103,11 @@ def test_a_batch_of_one_is_simpler_than_an_empty_one():
     assert minimal(lambda case: case.batch < 5, replace(BIG, batch=4)).batch == 1
 
 
+def test_a_batch_of_one_is_simpler_than_an_empty_one_where_there_is_no_other():
+    space = EVERYTHING.narrow(batch=Integers(0, 1))
+    assert shrink((replace(BIG, batch=0),), space, lambda trial: True)[-1].batch == 1
+
+
 def test_an_empty_batch_that_matters_is_kept():
     assert minimal(lambda case: case.batch == 0, replace(BIG, batch=0, mode="eval")).batch == 0
 
@@ -224,6 +229,17 @@ def test_earlier_cases_that_do_not_matter_are_dropped():
     assert shrink(trial_of(30, 20, 10), EVERYTHING, lambda trial: True) == (SIMPLEST,)
     found = shrink(trial_of(30, 20, 10), EVERYTHING, lambda trial: trial[-1].length >= 10)
     assert found == (simplest(length=10),)
+
+
+def test_the_only_earlier_case_is_dropped_if_it_does_not_matter():
+    assert shrink(trial_of(30, 10), EVERYTHING, lambda trial: True) == (SIMPLEST,)
+
+
+def test_a_case_in_the_middle_is_dropped_if_it_does_not_matter():
+    def fails(trial):
+        return len(trial) > 1 and trial[0].length == 40
+
+    assert shrink(trial_of(40, 5, 10), EVERYTHING, fails) == (simplest(length=40), SIMPLEST)
 
 
 def test_an_earlier_case_that_matters_is_kept():
