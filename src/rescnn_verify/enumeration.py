@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
@@ -153,9 +154,14 @@ class _Lazily(Generic[T]):
     def __init__(self, items: Iterable[T]) -> None:
         self._rest = iter(items)
         self._seen: list[T] = []
+        self.most = math.inf  # the highest rank, once it is known
 
     def has(self, rank: int) -> bool:
-        self._seen += itertools.islice(self._rest, max(0, rank + 1 - len(self._seen)))
+        missing = rank + 1 - len(self._seen)
+        if missing > 0 and self.most == math.inf:
+            self._seen += itertools.islice(self._rest, missing)
+            if rank >= len(self._seen):
+                self.most = len(self._seen) - 1
         return rank < len(self._seen)
 
     def __getitem__(self, rank: int) -> T:
@@ -179,11 +185,7 @@ def _ranks(sources: Sequence[_Lazily[Any]], total: int) -> Iterator[tuple[int, .
         yield from [()] if total == 0 else []
         return
     first, rest = sources[0], sources[1:]
-    if not rest:
-        yield from [(total,)] if first.has(total) else []
-        return
-    for rank in range(total + 1):
-        if not first.has(rank):
-            return
+    least = max(0, total - sum(source.most for source in rest))  # the rest reaches no further
+    for rank in itertools.takewhile(first.has, range(int(least), total + 1)):
         for ranks in _ranks(rest, total - rank):
             yield rank, *ranks

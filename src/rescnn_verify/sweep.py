@@ -17,7 +17,7 @@ from rescnn_verify.engine import Search
 from rescnn_verify.enumeration import architectures, batched
 from rescnn_verify.evidence import merged
 from rescnn_verify.outcome import FALSIFIED, HELD, NOT_APPLICABLE, NOT_RUN, Outcome
-from rescnn_verify.space import Choice, Factor, Integers, Lists, Space, SpaceError
+from rescnn_verify.space import Choice, Factor, Integers, Lists, Space, SpaceError, architectural
 from rescnn_verify.statement import find_property
 from rescnn_verify.unit import Unit, target_of
 from rescnn_verify.workers import Crew
@@ -124,26 +124,28 @@ class Sweep:
     @property
     def units(self) -> int:
         """How many units there are, done or not."""
-        return sum(1 for _ in self._units())
+        return sum(self._count(space) for space in self._spaces.values())
+
+    def _count(self, space: Space) -> int:
+        """How many units of this shard a space makes."""
+        configs = math.prod(_size(f) for name, f in space.factors if architectural(name))
+        index, count = self.plan.shard
+        return len(range(index, -(-configs // CHUNK), count))
 
     @property
     def outcomes(self) -> list[Outcome]:
         """What came of each property so far, in the plan's order."""
-        totals = [
-            self._total(lane, [o for tag, o in self.done.items() if _lane_of(tag) == lane])
-            for lane in self._spaces
-        ]
+        totals = [self._total(lane, space) for lane, space in self._spaces.items()]
         order = self.plan.properties.index
         return sorted((*self._not_applicable, *totals), key=lambda o: (order(o.name), o.device))
 
-    def _total(self, lane: str, done: list[Outcome]) -> Outcome:
+    def _total(self, lane: str, space: Space) -> Outcome:
+        done = [outcome for tag, outcome in self.done.items() if _lane_of(tag) == lane]
         name, _, device = lane.partition("@")
-        missing = sum(1 for unit in self._units() if _lane_of(unit.tag) == lane) - len(done)
-        if not done:
-            reason = "no unit of this property was run"
-            return Outcome(name, NOT_RUN, find_property(name).evidence, device, reason=reason)
-        total = merged(done)
-        if total.verdict != HELD:
+        missing = self._count(space) - len(done)
+        nothing = Outcome(name, NOT_RUN, find_property(name).evidence, device)
+        total = merged((nothing, *done))
+        if total.verdict not in (HELD, NOT_RUN):
             return total
         if missing:
             reason = f"{missing} of {missing + len(done)} units are still to be run"
@@ -160,14 +162,13 @@ class Sweep:
             until: as in `run_units`; what was not done by then is left for the next run.
         """
 
-        def falsified() -> set[str]:
-            return {_lane_of(tag) for tag, o in self.done.items() if o.verdict == FALSIFIED}
+        falsified = {_lane_of(tag) for tag, o in self.done.items() if o.verdict == FALSIFIED}
 
         def units() -> Iterator[Unit]:
             for unit in self._units():
-                if falsified() and not self.plan.keep_going:
+                if falsified and not self.plan.keep_going:
                     return
-                if unit.tag not in self.done and _lane_of(unit.tag) not in falsified():
+                if unit.tag not in self.done and _lane_of(unit.tag) not in falsified:
                     yield unit
 
         with _opened(self.state, self.plan.header()) as file:
@@ -175,6 +176,8 @@ class Sweep:
                 done = replace(outcome, remarkable=())
                 _add(file, {"unit": unit.tag, "outcome": done.to_json()})
                 self.done[unit.tag] = done
+                if done.verdict == FALSIFIED:
+                    falsified.add(_lane_of(unit.tag))
                 yield done
 
     def _units(self) -> Iterator[Unit]:
