@@ -1,4 +1,4 @@
-from rescnn_verify.cli import main
+from rescnn_verify.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

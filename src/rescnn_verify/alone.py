@@ -17,15 +17,22 @@ from rescnn_verify.case import Case
 from rescnn_verify.compare import Falsified
 from rescnn_verify.engine import Search
 from rescnn_verify.journal import last_entry
-from rescnn_verify.outcome import FALSIFIED, HELD, NOT_RUN, Outcome
+from rescnn_verify.outcome import FALSIFIED, HELD, PROCESS, UNFINISHED, Outcome
 from rescnn_verify.shrinking import shrink
 from rescnn_verify.space import Choice, SpaceError
 from rescnn_verify.statement import find_property
 from rescnn_verify.unit import Unit, run_unit, target_of
 from rescnn_verify.witness import Witness, WitnessError
-from rescnn_verify.workers import CONTEXT
+from rescnn_verify.workers import CONTEXT, end_with_the_parent
 
-__all__ = ["Ended", "found_so_far", "post_mortem", "replay", "run_alone", "run_alone_to_the_end"]
+__all__ = [
+    "Ended",
+    "found_so_far",
+    "post_mortem",
+    "replay_alone",
+    "run_alone",
+    "run_alone_to_the_end",
+]
 
 #: Seconds after which a case is a hang, where nothing else is said.
 CASE_TIMEOUT = 60.0
@@ -36,9 +43,6 @@ OVERHEAD = 20.0
 #: Seconds that making the trial smaller may take at least: each candidate takes a process.
 LEAST_SHRINKING = 5.0
 
-#: What a witness of an ended process compares.
-PROCESS = "the process that runs the target"
-
 
 @dataclass(frozen=True)
 class Ended:
@@ -48,11 +52,13 @@ class Ended:
         how: the signal, exit code or time limit.
         last: the cases of the last trial, as far as they were begun; None: it had begun none.
         cut_off: whether it was ended from outside, which says nothing about the target.
+        found: the outcome that it had found by then.
     """
 
     how: str
     last: tuple[Case, ...] | None
     cut_off: bool = False
+    found: Outcome | None = None
 
 
 def run_alone(unit: Unit, seconds: float) -> Outcome | Ended:
@@ -86,10 +92,11 @@ def run_alone(unit: Unit, seconds: float) -> Outcome | Ended:
             how = f"no answer within {seconds:g} s"
         else:
             how = _exit(process.exitcode or 0)
-        return Ended(how, entry.trial if entry else None, cut_off=not answered)
+        return Ended(how, entry.trial if entry else None, not answered, found_so_far(unit))
 
 
 def _send(sender: Connection, text: str) -> None:
+    end_with_the_parent()
     sender.send_bytes(run_unit(text).encode())
 
 
@@ -102,8 +109,13 @@ def _exit(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-def replay(witness: Witness, case_timeout: float = CASE_TIMEOUT) -> Falsified | None:
-    """As `witness.replay`, in a process of its own."""
+def replay_alone(witness: Witness, case_timeout: float = CASE_TIMEOUT) -> Falsified | None:
+    """As `witness.replay`, in a process of its own.
+
+    Args:
+        witness: of a case that ended its process.
+        case_timeout: seconds after which a case is a hang.
+    """
     unit = Unit(
         witness.name,
         witness.target,
@@ -112,6 +124,8 @@ def replay(witness: Witness, case_timeout: float = CASE_TIMEOUT) -> Falsified | 
         case_timeout=case_timeout,
     )
     result = run_alone(unit, OVERHEAD + case_timeout * len(witness.trial))
+    if isinstance(result, Ended) and result.cut_off:
+        raise WitnessError(f"{witness.name}: its process did not begin in time; try again")
     if isinstance(result, Ended):
         return Falsified(PROCESS, "it returns", result.how)
     if result.verdict == FALSIFIED:
@@ -135,14 +149,34 @@ def run_alone_to_the_end(unit: Unit, until: float) -> Outcome:
     result = run_alone(unit, until - time.monotonic())
     if isinstance(result, Outcome):
         return result
+    if result.found:
+        return result.found
     if result.cut_off:
-        reason = "the time was up before it ended"
-        return Outcome(
-            unit.name, NOT_RUN, find_property(unit.name).evidence, unit.device, reason=reason
-        )
+        return unfinished(unit, "its process ended, and the time was up before it ran again")
     if result.last and (outcome := _blamed(unit, result.last, until)):
         return outcome
     return _ended(unit, result.last or (), result.how)
+
+
+def unfinished(unit: Unit, reason: str) -> Outcome:
+    """The outcome of a unit of which nobody knows whether its target crashed or hangs."""
+    evidence = find_property(unit.name).evidence
+    return Outcome(unit.name, UNFINISHED, evidence, unit.device, reason=reason)
+
+
+def hanging(unit: Unit, seconds: float) -> Outcome | None:
+    """An unfinished outcome if a unit's last case has been running for so many seconds."""
+    try:
+        age = time.time() - Path(unit.journal or "").stat().st_mtime
+    except OSError:
+        return None
+    if age < seconds:
+        return None
+    return unfinished(
+        unit,
+        f"its last case had been running for {age:.0f} s when the time was up; give it more time, "
+        "or a shorter --case-timeout",
+    )
 
 
 def post_mortem(unit: Unit, until: float) -> Outcome | None:
@@ -158,11 +192,7 @@ def post_mortem(unit: Unit, until: float) -> Outcome | None:
     if outcome := found_so_far(unit):
         return outcome
     entry = last_entry(Path(unit.journal)) if unit.journal else None
-    if entry is None:
-        return None
-    if entry.timed_out:
-        return _smallest(unit, entry.trial, f"no answer within {unit.case_timeout:g} s", until)
-    return _blamed(unit, entry.trial, until)
+    return _blamed(unit, entry.trial, until) if entry else None
 
 
 def _blamed(unit: Unit, trial: tuple[Case, ...], until: float) -> Outcome | None:

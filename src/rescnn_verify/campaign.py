@@ -15,7 +15,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rescnn_verify.alone import found_so_far, post_mortem, run_alone_to_the_end
+from rescnn_verify.alone import found_so_far, hanging, post_mortem, run_alone_to_the_end
 from rescnn_verify.engine import PROFILES, Search
 from rescnn_verify.needs import ANOTHER
 from rescnn_verify.outcome import FALSIFIED, Outcome
@@ -27,6 +27,10 @@ __all__ = ["Plan", "SelectionError", "devices_of", "run_plan", "run_units", "sel
 
 #: Seconds that a unit may take to end after its time is up, before its worker is killed.
 GRACE = 1.5
+#: Seconds that looking into the end of a worker may take, even when the time is up.
+LOOKING = 2.5
+#: Seconds after which a case that still runs when the time is up may hang.
+LONG = 15.0
 #: Seconds after which it is asked again whether the time is up.
 POLL = 0.2
 
@@ -162,8 +166,14 @@ def run_units(
                     break
                 if crew.together:
                     unit = replace(unit, journal=f"{folder}/{number}-{len(running)}")
-                running[crew.submit(run_unit, unit.dumps())] = unit
-            if not running:
+                try:
+                    running[crew.submit(run_unit, unit.dumps())] = unit
+                except crew.lost:  # a worker ended just now
+                    again.append(unit)
+                    if not running:
+                        crew.restart()
+                    break
+            if not running and not again:
                 return
             done: Collection[Future[str]] = ()
             while not done and time.monotonic() < until() + GRACE:
@@ -187,7 +197,8 @@ def run_units(
                 yield from _after_a_loss(lost, again, until())
         crew.kill()
         for unit in running.values():
-            if outcome := found_so_far(unit):
+            limit = max(LONG, unit.case_timeout / 2)
+            if outcome := found_so_far(unit) or hanging(unit, limit):
                 yield unit, outcome
 
 
@@ -198,6 +209,7 @@ def _after_a_loss(
 
     If no unit ends a fresh process by its last trial alone, each runs on its own from the start.
     """
+    until = max(until, time.monotonic() + LOOKING)
     blamed = 0
     innocent = []
     for unit in lost:

@@ -6,7 +6,7 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from rescnn_verify.options import (
     DEFAULT_TARGET,
     DURATION,
     SHARD,
+    Interrupt,
     Witnesses,
     conclude,
     default_count,
@@ -139,6 +140,7 @@ def fuzz(
         from rescnn_verify.corpus import Corpus, CorpusError, folder_of
         from rescnn_verify.fuzz import Campaign, FuzzPlan
         from rescnn_verify.known import KnownError, read_baseline, read_known, signatures
+        from rescnn_verify.outcome import FALSIFIED
 
         space = space_data(
             space_file,
@@ -174,14 +176,23 @@ def fuzz(
         )
         campaign = Campaign(plan)
         found = Witnesses(target, witnesses)
+        problems: dict[str, None] = {}
         with stopping_on_interrupt() as interrupt:
-            complaints = _stale(known, target, names, crew)
+            complaints = _stale(
+                [failure for failure in known if failure.witness.name in names],
+                target,
+                crew,
+                case_timeout,
+                interrupt,
+            )
             with _progress_of(campaign) as advance:
                 for event in campaign.run(crew, until=lambda: interrupt.at):
                     found.add(event.outcome)
                     advance(event)
-                    if kept is not None:
-                        _keep(kept, event.outcome)
+                    if kept is not None and (problem := _keep(kept, event.outcome)):
+                        problems.setdefault(problem)
+    for problem in problems:
+        click.echo(problem, err=True)
     run = report.Run(
         f"rescnn-verify fuzz {target}",
         target,
@@ -194,7 +205,7 @@ def fuzz(
         tuple(complaints),
     )
     conclude(run, found, json_file, junit_file)
-    if interrupt.at < math.inf:
+    if interrupt.at < math.inf and run.verdict != FALSIFIED:
         fail("interrupted; what was found until then is above")
     sys.exit(report.exit_code(run.verdict))
 
@@ -259,6 +270,7 @@ def sweep(
     start = time.monotonic()
     with _crew(count or default_count(device), scheduler) as crew:
         from rescnn_verify import report
+        from rescnn_verify.outcome import FALSIFIED
         from rescnn_verify.sweep import Sweep, SweepError, SweepPlan
 
         space = space_data(space_file, None)
@@ -270,7 +282,7 @@ def sweep(
             work = Sweep(plan, state)
         except SweepError as error:
             fail(str(error))
-        resumed = len(work.done)
+        resumed, problem = len(work.done), ""
         found = Witnesses(target, witnesses)
         try:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -284,9 +296,9 @@ def sweep(
                     rate = cases / (time.monotonic() - start)
                     text = f"{escape(outcome.name)} · {cases} cases, {rate:.0f}/s"
                     progress.update(task, advance=1, description=text)
-        except OSError as error:
+        except (SweepError, OSError) as error:
             crew.kill()
-            fail(f"--state {state}: {error.strerror}; what it holds is kept")
+            problem = f"{error}; what was done until then is kept"
     run = report.Run(
         f"rescnn-verify sweep {target}",
         target,
@@ -298,8 +310,13 @@ def sweep(
         {"space": plan.bounded["space"], "shard": f"{shard[0] + 1}/{shard[1]}", "resumed": resumed},
     )
     conclude(run, found, json_file, None)
-    if interrupt.at < math.inf:
+    if interrupt.at < math.inf and run.verdict != FALSIFIED:
         fail(f"interrupted; the same command goes on from {state}")
+    if problem and run.verdict != FALSIFIED:
+        fail(problem)
+    if work.units == 0:
+        click.echo("this shard has no unit of any property", err=True)
+        sys.exit(0)
     sys.exit(report.exit_code(run.verdict))
 
 
@@ -320,7 +337,11 @@ def _crew(count: int, scheduler: str | None) -> Iterator[Crew]:
 
 
 def _stale(
-    known: tuple[KnownFailure, ...], target: str, names: tuple[str, ...], crew: Crew
+    known: Sequence[KnownFailure],
+    target: str,
+    crew: Crew,
+    case_timeout: float,
+    interrupt: Interrupt,
 ) -> list[str]:
     """What is wrong with a list of known failures: each witness is run, before all else."""
     from datetime import date
@@ -334,11 +355,11 @@ def _stale(
                 f"{failure.reason} {failure.link}".rstrip(),
                 err=True,
             )
-    return examine([failure for failure in known if failure.witness.name in names], target, crew)
+    return examine(known, target, crew, case_timeout=case_timeout, until=lambda: interrupt.at)
 
 
-def _keep(corpus: Corpus, outcome: Outcome) -> None:
-    """Keeps what is remarkable; a full disk is said once and loses nothing else."""
+def _keep(corpus: Corpus, outcome: Outcome) -> str | None:
+    """Keeps what is remarkable; why it could not, None if it could."""
     from rescnn_verify.corpus import Kept
 
     entries = [
@@ -350,10 +371,9 @@ def _keep(corpus: Corpus, outcome: Outcome) -> None:
     try:
         for entry in entries:
             corpus.add(entry)
-    except OSError as error:
-        if not corpus.unreadable or "cannot write" not in corpus.unreadable[-1]:
-            corpus.unreadable.append("cannot write")
-            click.echo(f"warning: corpus {corpus.folder}: {error.strerror or error}", err=True)
+    except Exception as error:  # a full disk, or whatever library writes this kind of URL
+        return f"warning: corpus {corpus.folder}: {type(error).__name__}: {error}"
+    return None
 
 
 @contextmanager

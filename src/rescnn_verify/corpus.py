@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rescnn_verify.case import Case, CaseError
+from rescnn_verify.files import write_whole
 
 __all__ = ["Corpus", "CorpusError", "Kept", "folder_of"]
 
@@ -47,10 +47,12 @@ class Kept:
 
     @property
     def filename(self) -> str:
+        """The name of its file: the property and a hash of its cases."""
         text = "".join(case.dumps() for case in self.trial)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
     def dumps(self) -> str:
+        """The file's text."""
         body = {
             "version": VERSION,
             "property": self.name,
@@ -131,6 +133,8 @@ class Corpus:
             paths = sorted((p for p in folder.iterdir() if p.suffix == ".json"), key=str)
         except OSError as error:
             raise CorpusError(f"corpus {folder}: {error.strerror or error}") from error
+        except Exception as error:  # of whatever library reads this kind of URL
+            raise CorpusError(f"corpus {folder}: {type(error).__name__}: {error}") from error
         for path in paths:
             try:
                 entry = Kept.loads(path.read_text())
@@ -164,31 +168,9 @@ class Corpus:
                 return False
             (self.folder / loosest.filename).unlink(missing_ok=True)
             self.kept[entry.name].remove(loosest)
-        _write(self.folder / entry.filename, entry.dumps())
+        write_whole(self.folder / entry.filename, entry.dumps())
         self.kept[entry.name].append(entry)
         return True
 
-    def drop(self, entries: Iterable[Kept]) -> None:
-        """Removes entries."""
-        for entry in entries:
-            (self.folder / entry.filename).unlink(missing_ok=True)
-            self.kept[entry.name].remove(entry)
-
-    def __iter__(self) -> Iterator[Kept]:
-        return (entry for entries in self.kept.values() for entry in entries)
-
     def __len__(self) -> int:
         return sum(map(len, self.kept.values()))
-
-
-def _write(path: Any, text: str) -> None:
-    """Writes a file so that nobody ever sees half of it."""
-    if not isinstance(path, Path):
-        path.write_text(text)  # stores of objects show an object when it is complete
-        return
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

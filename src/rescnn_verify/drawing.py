@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import fields
 from typing import Any, Protocol, TypeVar
 
 from rescnn_verify.case import Case, Config
 from rescnn_verify.space import Choice, Factor, Floats, Integers, Lists, Space, architectural
 
-__all__ = ["WORK", "Draw", "RandomDraw", "draw_config", "draw_trial", "work_for"]
+__all__ = ["WORK", "Draw", "RandomDraw", "draw_config", "draw_trial"]
 
 T = TypeVar("T")
 
@@ -68,7 +67,7 @@ class NoCase(Exception):
 
 
 def draw_trial(
-    draw: Draw, space: Space, *, max_size: int = 4, work: int = WORK
+    draw: Draw, space: Space, *, max_size: int = 4, work: int = WORK, any_config: bool = False
 ) -> tuple[Case, ...]:
     """Cases of a space that share an architecture, a dtype and a device, so that it is built once.
 
@@ -77,6 +76,8 @@ def draw_trial(
         space: the space.
         max_size: most cases in a trial; a space without inputs has one case for an architecture.
         work: most multiply-adds that a forward pass of one case may cost.
+        any_config: no configuration is left out for its cost; one that is too dear gets the least
+            input.
 
     Raises:
         NoCase: no case met the space's constraints in a fixed number of draws.
@@ -84,7 +85,13 @@ def draw_trial(
     least = _least(space.get("length")) * _least(space.get("batch"))
     if space.get("mode") == Choice("train"):
         least = max(least, 2)  # one value per channel cannot be trained on
-    config = _until(lambda: draw_config(draw, space), lambda c: multiply_adds(c) * least <= work)
+    if any_config:
+        config = draw_config(draw, space)
+        work = max(work, multiply_adds(config) * least)
+    else:
+        config = _until(
+            lambda: draw_config(draw, space), lambda c: multiply_adds(c) * least <= work
+        )
     shared = {
         name: draw_value(draw, name, factor)
         for name in ("dtype", "device")
@@ -194,23 +201,6 @@ def multiply_adds(config: Config) -> int:
     """Multiply-adds of the reference architecture for one position of one sample."""
     taps = sum(w * k for w, k in zip(config.widths, config.kernel_sizes, strict=True))
     return int(config.num_blocks * config.channels * (taps + config.channels))
-
-
-def work_for(space: Space, work: int) -> int:
-    """The multiply-adds to allow for a case of a space: enough for some of its configurations.
-
-    Args:
-        space: the space.
-        work: what is allowed at least.
-    """
-    draw = RandomDraw(0)
-    least = _least(space.get("length")) * _least(space.get("batch"))
-    costs = []
-    for _ in range(16):
-        with suppress(NoCase):
-            costs.append(multiply_adds(draw_config(draw, space)) * least)
-    cheapest = min(costs, default=0)
-    return work if cheapest <= work else 2 * cheapest
 
 
 def _integer(draw: Draw, low: int, high: int, *, small: int, corners: Sequence[int] = ()) -> int:

@@ -12,15 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as hypothesis_seed
-from hypothesis import target as hypothesis_target
-from hypothesis.errors import Flaky, Unsatisfiable
 
 from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import Falsified
 from rescnn_verify.coverage import pairs_of
-from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial, work_for
+from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
 from rescnn_verify.enumeration import batched, every_case, every_input
 from rescnn_verify.journal import Journal
 from rescnn_verify.outcome import (
@@ -36,9 +32,8 @@ from rescnn_verify.outcome import (
     signature,
 )
 from rescnn_verify.shrinking import shrink
-from rescnn_verify.space import Choice, Space, SpaceError
+from rescnn_verify.space import Choice, Integers, Space, SpaceError
 from rescnn_verify.statement import Property
-from rescnn_verify.strategies import trials as trials_of
 from rescnn_verify.subject import environment
 from rescnn_verify.target import Target, TargetError
 from rescnn_verify.trial import Tally, run_trial
@@ -46,6 +41,10 @@ from rescnn_verify.trial import Tally, run_trial
 __all__ = ["PROFILES", "Profile", "Search", "check_property", "search_property"]
 
 Trial = tuple[Case, ...]
+
+#: In a space that somebody named, every so many sampled trials have cases that may cost so many
+#: times as much as the property otherwise allows: so large inputs are seen, if less often.
+DEAR_EVERY, DEAR = 16, 64
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Search:
     """Where the cases of one run of a property come from, in this order, and when to stop.
 
     Args:
-        trials: given ones.
+        trials: given ones; more of them come last, in ``last``.
         configs: configurations that are run with every input of the space.
         documented: whether the documented configuration is run where the property asks for it.
         exhaustive: whether an exhaustive property runs over all of its space, and nothing else.
@@ -86,10 +85,12 @@ class Search:
         seconds: no further trial is begun after so many.
         shrinking: seconds spent on making a counterexample smaller.
         slow: whether a slow property runs at all.
-        shard: (i, n): the seeds of sampled and drawn cases are i modulo n, so that n searches
-            never try the same case.
+        shard: (i, n): the seeds of sampled and drawn cases are i modulo n where the space has
+            such seeds, so that n searches never try the same one of these cases.
         known: signatures of failures that are counted, and not searched any further.
         seen: pairs of classes of factors met before; a case that meets another is remarkable.
+            None: nothing is.
+        last: given trials that are run after all others.
     """
 
     trials: tuple[Trial, ...] = ()
@@ -104,6 +105,7 @@ class Search:
     shard: tuple[int, int] = (0, 1)
     known: tuple[str, ...] = ()
     seen: int | None = None
+    last: tuple[Trial, ...] = ()
 
     @classmethod
     def of(cls, profile: Profile, prop: Property) -> Search:
@@ -142,7 +144,17 @@ def search_property(
     device: str = "cpu",
     journal: Journal | None = None,
 ) -> Outcome:
-    """Runs one search for a counterexample to a property; as `check_property`."""
+    """Runs one search for a counterexample to a property; deterministic given the seed.
+
+    An exception of the target's falsifies; one of the suite's own machinery is an internal error.
+
+    Args:
+        prop, target: what is checked of what.
+        search: where cases come from, and when to stop.
+        seed: sampled and drawn cases are a function of it.
+        device: ``"cpu"`` or ``"cuda"``.
+        journal: where each case is written before it runs, if anywhere.
+    """
     start = time.perf_counter()
 
     def without_cases(verdict: str, reason: str) -> Outcome:
@@ -154,10 +166,8 @@ def search_property(
         return without_cases(NOT_RUN, "no device")
     if prop.slow and not search.slow:
         return without_cases(NOT_RUN, "slow: --profile thorough runs it")
-    space = prop.space_for(target)
     try:
-        if space.get("device"):
-            space = space.narrow(device=Choice(device))
+        space = prop.space_for(target, device)
     except SpaceError:
         return without_cases(NOT_APPLICABLE, f"it is not claimed on {device}")
     run = _Run(prop, target, space, search, _seed_for(prop, seed), journal)
@@ -171,8 +181,6 @@ def search_property(
             found["trial"] = run.failure.trial
     except TargetError as mistake:
         verdict, reason = BAD_TARGET, str(mistake)
-    except Unsatisfiable:
-        verdict, reason = NOTHING_ASSERTED, "no case of its space could be drawn"
     except Exception:
         verdict, reason = INTERNAL_ERROR, traceback.format_exc()
     tally = run.tally
@@ -191,6 +199,7 @@ def search_property(
         sampled=run.sampled,
         discarded=tally.discarded,
         known=run.known,
+        signatures=tuple(sorted(run.signatures)),
         pairs=tally.pairs,
         configs=frozenset(_fingerprint(config) for config in tally.architectures),
         remarkable=run.remarkable,
@@ -222,12 +231,19 @@ class _Run:
     failure: _Failure | None = None
     sampled: int = 0
     known: int = 0
+    signatures: set[str] = field(default_factory=set)
+    timed_out: bool = False
     tightest: tuple[float, Trial] | None = None
     corners: list[Trial] = field(default_factory=list)
 
     def verdict(self) -> tuple[str, str | None]:
         """Searches, makes what it found smaller, and says what came of it and why."""
         give_up = time.perf_counter() + self.search.seconds
+
+        def over() -> bool:
+            self.timed_out = time.perf_counter() > give_up
+            return self.timed_out
+
         for source in (
             self._given,
             self._configured,
@@ -235,13 +251,13 @@ class _Run:
             self._exhausted,
             self._sampled,
             self._drawn,
+            self._given_last,
         ):
             try:
-                source(lambda: time.perf_counter() > give_up)
+                source(over)
             except _Done:
                 break
-            except (Falsified, Flaky):
-                assert self.failure is not None
+            except Falsified:
                 self._shrink()
                 return FALSIFIED, None
         if self.known:
@@ -250,6 +266,10 @@ class _Run:
             return HELD, None
         if self.tally.not_applicable:
             return NOT_APPLICABLE, self.tally.not_applicable
+        if self.timed_out:
+            return NOTHING_ASSERTED, "the time was up before a comparison was made"
+        if not self.tally.cases:
+            return NOTHING_ASSERTED, "no case of its space could be drawn"
         return NOTHING_ASSERTED, "no comparison was made"
 
     @property
@@ -262,18 +282,23 @@ class _Run:
         for trial in self.search.trials:
             self._examine(trial, over)
 
+    def _given_last(self, over: Callable[[], bool]) -> None:
+        for trial in self.search.last:
+            self._examine(trial, over)
+
     def _configured(self, over: Callable[[], bool]) -> None:
         for config in self.search.configs:
             for trial in batched(every_input(self.space, config), 64):
                 self._examine(trial, over)
 
     def _documented(self, over: Callable[[], bool]) -> None:
-        wanted = self.search.documented and self.prop.documented and self.target.follows_contract
-        if wanted and not (self.prop.exhaustive and self.search.exhaustive):
+        if not (self.search.documented and self.prop.documented):
+            return
+        if self.target.promises_everything and not self._exhausts:
             self._examine((documented_case(self.target, self.space),), over)
 
     def _exhausted(self, over: Callable[[], bool]) -> None:
-        if not (self.prop.exhaustive and self.search.exhaustive):
+        if not self._exhausts:
             return
         for case in every_case(self.space):
             self._examine((case,), over)
@@ -281,26 +306,34 @@ class _Run:
 
     def _sampled(self, over: Callable[[], bool]) -> None:
         draw = RandomDraw(self.seed)
-        for _ in range(self.search.sampled):
+        for number in range(1, self.search.sampled + 1):
+            dear = not self.target.promises_everything and number % DEAR_EVERY == 0
+            work = self.prop.work * (DEAR if dear else 1)
             try:
-                trial = draw_trial(draw, self.space, work=self._work)
+                trial = draw_trial(draw, self.space, work=work, any_config=self._any_config)
             except NoCase:
                 self.tally.discarded += 1
                 continue
+            before = self.tally.assertions
             self._examine(self._in_shard(trial), over)
-            self.sampled += 1
+            self.sampled += self.tally.assertions > before
 
     def _drawn(self, over: Callable[[], bool]) -> None:
         if not self.search.drawn:
             return
+        # Imported where it is needed: what replays a case does without Hypothesis.
+        from hypothesis import HealthCheck, Phase, given, seed, settings, target
+        from hypothesis.errors import Flaky, Unsatisfiable
+
+        from rescnn_verify.strategies import trials
 
         def steered(trial: Trial) -> None:
             """Lets Hypothesis look for cases that come closer to a bound."""
             if over():
                 return
-            ratio = self._examine(self._in_shard(trial), over)
+            ratio = self._examine(self._in_shard(trial), lambda: False)
             if ratio is not None and math.isfinite(ratio):
-                hypothesis_target(ratio)
+                target(ratio)
 
         run = settings(
             max_examples=self.search.drawn,
@@ -311,18 +344,32 @@ class _Run:
             print_blob=False,
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
-        )(given(trials_of(self.space, work=self._work))(steered))
-        hypothesis_seed(self.seed)(run)()
+        )
+        cases = trials(self.space, work=self.prop.work, any_config=self._any_config)
+        try:
+            seed(self.seed)(run(given(cases)(steered)))()
+        except Flaky:
+            if self.failure is None:
+                raise
+            raise self.failure.error from None
+        except Unsatisfiable:
+            self.tally.discarded += 1
 
-    @functools.cached_property
-    def _work(self) -> int:
-        return work_for(self.space, self.prop.work)
+    @property
+    def _exhausts(self) -> bool:
+        return self.prop.exhaustive and self.search.exhaustive
+
+    @property
+    def _any_config(self) -> bool:
+        """Whether no configuration is too dear: all of a space that somebody named counts."""
+        return not self.target.promises_everything
 
     def _in_shard(self, trial: Trial) -> Trial:
         index, count = self.search.shard
-        if count == 1:
+        seeds = self.space.get("seed")
+        if count == 1 or not isinstance(seeds, Integers) or seeds.high - seeds.low < count:
             return trial
-        return tuple(replace(c, seed=c.seed - c.seed % count + index) for c in trial)
+        return tuple(replace(c, seed=_with_remainder(c.seed, index, count, seeds)) for c in trial)
 
     def _examine(self, trial: Trial, over: Callable[[], bool]) -> float | None:
         """Runs a trial and returns its worst ratio; a failure that is not known is kept, raised."""
@@ -337,11 +384,17 @@ class _Run:
                 self._keep(trial[: tally.cases - before], error)
                 raise
             self.known += 1
+            self.signatures.add(signature(error.what, error.got))
+            rest = trial[tally.cases - before :]
+        else:
+            rest = ()
         finally:
             ratio = tally.worst_ratio
             tally.worst_ratio = max((r for r in (worst, ratio) if r is not None), default=None)
         if self.search.seen is not None:
             self._remark(trial, ratio, self.search.seen)
+        if rest:
+            self._examine(rest, over)
         return ratio
 
     def _remark(self, trial: Trial, ratio: float | None, seen: int) -> None:
@@ -355,6 +408,7 @@ class _Run:
 
     def _keep(self, trial: Trial, error: Falsified) -> None:
         self.failure = _Failure(trial, error)
+        self.signatures.add(signature(error.what, error.got))
         if self.journal:
             self.journal.found(trial, error.what, error.expected, error.got)
 
@@ -377,6 +431,12 @@ class _Run:
             return False
 
         shrink(self.failure.trial, self.space, fails)
+
+
+def _with_remainder(number: int, remainder: int, count: int, allowed: Integers) -> int:
+    """The allowed number next below that has a remainder modulo ``count``, or else next above."""
+    number -= (number - remainder) % count
+    return number if number >= allowed.low else number + count
 
 
 def _fingerprint(config: Config) -> int:

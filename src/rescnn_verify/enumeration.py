@@ -81,11 +81,11 @@ def every_input(space: Space, config: Config) -> Iterator[Case]:
             yield case
 
 
-def smallest_first(space: Space, *, size: int = 4) -> Iterator[tuple[Case, ...]]:
+def smallest_first(space: Space, *, size: int = 4, seed: int = 0) -> Iterator[tuple[Case, ...]]:
     """Trials of a space without end or until there are no more, the smallest cases first.
 
-    A trial has up to ``size`` cases of one configuration; seeds are counted up, so that data
-    differ from case to case.
+    A trial has up to ``size`` cases of one configuration. Seeds are counted up from ``seed``, so
+    that data differ from trial to trial.
     """
     seeds = space.get("seed")
     space = _without_reals(space)
@@ -93,8 +93,8 @@ def smallest_first(space: Space, *, size: int = 4) -> Iterator[tuple[Case, ...]]
     configs = _Lazily(architectures(space))
     inputs = _Lazily(batched(_simplest_first(names, factors), size))
     for rank, (config, chunk) in enumerate(_diagonally([configs, inputs])):
-        seed = {"seed": _nth(seeds, rank)} if seeds else {}
-        cases = (_with_input(config, values | seed) for values in chunk)
+        data = {"seed": _nth(seeds, seed + rank)} if seeds else {}
+        cases = (_with_input(config, values | data) for values in chunk)
         if trial := tuple(case for case in cases if space.meets_constraints(case)):
             yield trial
 

@@ -15,6 +15,7 @@ from rescnn_verify.outcome import (
     NOT_APPLICABLE,
     NOT_RUN,
     NOTHING_ASSERTED,
+    UNFINISHED,
     Outcome,
 )
 
@@ -22,11 +23,12 @@ __all__ = ["failure_rate_bound", "merged"]
 
 #: Which verdict tells the most: any run of a property may falsify it, all have to assert nothing.
 _WEIGHT = (
-    NOT_RUN,
     NOTHING_ASSERTED,
+    NOT_RUN,
     NOT_APPLICABLE,
     HELD,
     KNOWN,
+    UNFINISHED,
     BAD_TARGET,
     INTERNAL_ERROR,
     FALSIFIED,
@@ -56,6 +58,7 @@ def _both(a: Outcome, b: Outcome) -> Outcome:
         sampled=a.sampled + b.sampled,
         discarded=a.discarded + b.discarded,
         known=a.known + b.known,
+        signatures=tuple(sorted({*a.signatures, *b.signatures})),
         pairs=a.pairs | b.pairs,
         configs=configs,
         remarkable=(),

@@ -27,10 +27,11 @@ from rescnn_verify.outcome import (
     INTERNAL_ERROR,
     KNOWN,
     NOT_RUN,
+    NOTHING_ASSERTED,
     Outcome,
     signature,
 )
-from rescnn_verify.space import Choice, SpaceError
+from rescnn_verify.space import Space, SpaceError
 from rescnn_verify.statement import find_property
 from rescnn_verify.unit import Unit, target_of
 from rescnn_verify.workers import Crew
@@ -44,6 +45,11 @@ SAMPLED, DRAWN, SMALLEST = 6, 2, 2
 #: Seconds that a property may take in a round, and that shrinking may take.
 SLICE, SHRINKING = 5.0, 10.0
 
+
+#: Trials of a corpus that a property runs in a round.
+KEPT = 12
+#: Seconds that a campaign must have for properties that are slow to run in it.
+SLOW = 600.0
 
 #: Verdicts after which a property is not run again.
 CLOSING = frozenset({FALSIFIED, BAD_TARGET, INTERNAL_ERROR, NOT_RUN})
@@ -100,6 +106,7 @@ class _Lane:
     name: str
     device: str
     smallest: Iterator[Trial]
+    first: Iterator[Trial]
     total: Outcome
     promise: float
     closed: bool = False
@@ -172,17 +179,18 @@ class Campaign:
         plan, prop = self.plan, find_property(lane.name)
         opening = self._round == 1
         share = prop.effort * min(16, 2 ** (self._round - 1))
-        trials = tuple(itertools.islice(lane.smallest, max(1, round(SMALLEST * share))))
         search = Search(
-            trials=(*(plan.first.get(lane.name, ()) if opening else ()), *trials),
-            documented=opening and plan.space is None,
+            trials=tuple(itertools.islice(lane.first, KEPT)),
+            documented=opening,
             sampled=max(1, round(SAMPLED * share)),
             drawn=max(1, round(DRAWN * share)),
             seconds=min(SLICE, self.seconds_left),
             shrinking=min(SHRINKING, max(1.0, self.seconds_left)),
             shard=plan.shard,
             known=plan.known.get(lane.name, ()),
-            seen=lane.total.pairs,
+            seen=None if opening else lane.total.pairs,
+            last=tuple(itertools.islice(lane.smallest, max(1, round(SMALLEST * share)))),
+            slow=plan.seconds >= SLOW,
         )
         text = f"{plan.seed}/{plan.shard[0]}/{self._round}"
         return Unit(
@@ -200,13 +208,22 @@ def _lane(plan: FuzzPlan, name: str, device: str, rank: int) -> _Lane:
     prop = find_property(name)
     index, count = plan.shard
     smallest: Iterator[Trial] = iter(())
+    first: Iterator[Trial] = iter(())
     with suppress(SpaceError):  # the first unit says why
-        space = prop.space_for(target_of(plan.target, plan.space))
-        if space.get("device"):
-            space = space.narrow(device=Choice(device))
-        smallest = itertools.islice(smallest_first(space), index, None, count)
-    nothing = Outcome(name, NOT_RUN, prop.evidence, device, reason="the time was up before it ran")
-    return _Lane(name, device, smallest, nothing, promise=-float(rank))
+        space = prop.space_for(target_of(plan.target, plan.space), device)
+        smallest = itertools.islice(smallest_first(space, seed=plan.seed), index, None, count)
+        first = (trial for trial in plan.first.get(name, ()) if all(_fits(c, space) for c in trial))
+    nothing = Outcome(
+        name, NOTHING_ASSERTED, prop.evidence, device, reason="the time was up before it ran"
+    )
+    return _Lane(name, device, smallest, first, nothing, promise=-float(rank))
+
+
+def _fits(case: Case, space: Space) -> bool:
+    """Whether a case of a corpus, perhaps of another target, is one of a space."""
+    named = {name for name, _ in space.factors}
+    rest = {f"option.{name}" for name, _ in case.options} | {name for name, _ in case.extra}
+    return rest <= named and case in space
 
 
 def _likely_first(names: tuple[str, ...]) -> list[str]:

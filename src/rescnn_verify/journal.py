@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from rescnn_verify.case import Case
 
@@ -31,7 +31,7 @@ class Journal:
         case_timeout: seconds after which a case ends its process; 0: never.
     """
 
-    def __init__(self, file: TextIO, case_timeout: float) -> None:
+    def __init__(self, file: BinaryIO, case_timeout: float) -> None:
         self._file = file
         self._timeout = case_timeout
 
@@ -46,15 +46,15 @@ class Journal:
             path.touch()
         except OSError:
             path = Path(os.devnull)
-        with path.open("w") as file:
+        with path.open("wb", buffering=0) as file:  # nothing is left to be written when it closes
             yield cls(file, case_timeout)
         if path.is_file():
             path.unlink()
 
     @contextmanager
-    def running(self, trial: Iterable[Case]) -> Iterator[None]:
-        """Says that the last case of a trial is about to run, after those before it."""
-        self._add(trial=[case.to_json() for case in trial])
+    def running(self, case: Case, index: int) -> Iterator[None]:
+        """Says that a case is about to run, the one with that index in its trial."""
+        self._add(case=case.to_json(), index=index)
         if not self._timeout:
             yield
             return
@@ -71,9 +71,9 @@ class Journal:
         self._add(trial=[case.to_json() for case in trial], found=found)
 
     def _add(self, **entry: Any) -> None:
+        text = json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n"
         with suppress(OSError):
-            self._file.write(json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n")
-            self._file.flush()
+            self._file.write(text.encode())
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,10 @@ def last_entry(path: Path) -> Entry | None:
             entry = json.loads(line)
         except ValueError:
             continue  # last words, or a line that was cut off
-        trial = tuple(Case.from_json(item) for item in entry["trial"])
         if "found" in entry:
-            found = (trial, entry["found"])
+            found = (tuple(map(Case.from_json, entry["trial"])), entry["found"])
+        else:
+            trial = (*trial[: entry["index"]], Case.from_json(entry["case"]))
     if not trial:
         return None
     return Entry(trial, found, any(line.startswith(_TIMEOUT) for line in lines))

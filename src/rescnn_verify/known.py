@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -13,16 +14,13 @@ from typing import Any
 
 from rescnn_verify.campaign import run_units
 from rescnn_verify.engine import Search
-from rescnn_verify.outcome import FALSIFIED, HELD, NOT_RUN, signature
+from rescnn_verify.outcome import FALSIFIED, HELD, NOT_APPLICABLE, NOT_RUN, signature
 from rescnn_verify.statement import PropertyError, find_property
 from rescnn_verify.unit import Unit
 from rescnn_verify.witness import Witness, WitnessError
 from rescnn_verify.workers import Crew
 
 __all__ = ["KnownError", "KnownFailure", "examine", "read_baseline", "read_known", "signatures"]
-
-#: Seconds after which a known failure's case is a hang.
-TIMEOUT = 60.0
 
 _REQUIRED = ("property", "witness", "reason")
 _ALLOWED = (*_REQUIRED, "link", "look_again")
@@ -52,6 +50,7 @@ class KnownFailure:
 
     @property
     def signature(self) -> str:
+        """What failures of its kind share."""
         return signature(self.witness.what, self.witness.got)
 
 
@@ -98,18 +97,17 @@ def _entry(path: Path, number: int, entry: Any) -> KnownFailure:
 
 
 def read_baseline(path: Path) -> dict[str, tuple[str, ...]]:
-    """The signatures of the failures that an earlier run's ``--json`` file reports, by property.
+    """The signatures of the failures that an earlier run saw, known ones included, by property.
+
+    Args:
+        path: the ``--json`` file of that run.
 
     Raises:
         KnownError: it is no such file.
     """
     try:
         data = json.loads(path.read_text())
-        found = [
-            (item["name"], signature(item["counterexample"]["what"], item["counterexample"]["got"]))
-            for item in data["properties"]
-            if item["counterexample"]
-        ]
+        found = [(item["name"], text) for item in data["properties"] for text in item["signatures"]]
     except OSError as error:
         raise KnownError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -129,13 +127,22 @@ def _by_property(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]
     return dict(result)
 
 
-def examine(known: Sequence[KnownFailure], target: str, crew: Crew) -> list[str]:
+def examine(
+    known: Sequence[KnownFailure],
+    target: str,
+    crew: Crew,
+    *,
+    case_timeout: float,
+    until: Callable[[], float] = lambda: math.inf,
+) -> list[str]:
     """What is wrong with known failures: those that hold now, or that are not of this target.
 
     Args:
         known: the failures; the witness of each is run.
         target: the target as it is named, which need not be as the witness names it.
         crew: where they run.
+        case_timeout: seconds after which a case is a hang.
+        until: as in `run_units`.
     """
     by_tag = {failure.where: failure for failure in known}
     units = (
@@ -144,20 +151,26 @@ def examine(known: Sequence[KnownFailure], target: str, crew: Crew) -> list[str]
             target,
             Search(trials=(failure.witness.trial,)),
             device=failure.witness.case.device,
-            case_timeout=TIMEOUT,
+            case_timeout=case_timeout,
             tag=where,
         )
         for where, failure in by_tag.items()
     )
     complaints = []
-    for unit, outcome in run_units(units, crew):
+    for unit, outcome in run_units(units, crew, until=until):
         failure = by_tag[unit.tag]
         if outcome.verdict == HELD:
             complaints.append(f"{unit.tag}: fixed, remove it: {unit.name} holds for its witness")
-        elif outcome.verdict not in (FALSIFIED, NOT_RUN):
+        elif outcome.verdict == NOT_RUN:
+            continue  # there is no such device here
+        elif outcome.verdict == NOT_APPLICABLE:
             complaints.append(
-                f"{unit.tag}: matches nothing, remove it: {unit.name} is {outcome.verdict} "
+                f"{unit.tag}: matches nothing, remove it: {unit.name} is not applicable "
                 f"({outcome.reason})"
+            )
+        elif outcome.verdict != FALSIFIED:
+            complaints.append(
+                f"{unit.tag}: its witness could not be run: {outcome.verdict}: {outcome.reason}"
             )
         elif signature(outcome.what, outcome.got) != failure.signature:
             complaints.append(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from rescnn_verify.files import write_whole
 from rescnn_verify.workers import usable_cores
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ class Witnesses:
     """
 
     def __init__(self, target: str, folder: Path) -> None:
-        self.written: dict[tuple[str, str], Path] = {}
+        self.written: dict[str, Path] = {}
         self._target, self._folder = target, folder
         self._warned = False
 
@@ -281,12 +282,22 @@ class Witnesses:
         if witness is None:
             return
         try:
-            self.written[outcome.name, outcome.device] = witness.write(self._folder)
+            self.written[witness.filename] = witness.write(self._folder)
         except OSError as error:
             if not self._warned:
                 text = f"warning: cannot write witnesses to {self._folder}: {error.strerror}"
                 click.echo(text, err=True)
             self._warned = True
+
+    def complete(self, run: Run) -> dict[str, Path]:
+        """The files of a run's witnesses; those of outcomes that an earlier run found, too."""
+        from rescnn_verify.report import witness_of
+
+        for outcome in run.outcomes:
+            witness = witness_of(outcome, self._target)
+            if witness and witness.filename not in self.written:
+                self.add(outcome)
+        return self.written
 
 
 def conclude(
@@ -295,14 +306,15 @@ def conclude(
     """Prints the report and writes it to files."""
     from rescnn_verify import report
 
-    report.print_report(report.console(), run, witnesses.written)
+    written = witnesses.complete(run)
+    report.print_report(report.console(), run, written)
     for file, option, text in (
         (json_file, "--json", report.json_text),
         (junit_file, "--junit", report.junit_text),
     ):
         try:
             if file:
-                file.write_text(text(run, witnesses.written))
+                write_whole(file, text(run, written))
         except OSError as error:
             fail(f"{option} {file}: {error.strerror}")
 

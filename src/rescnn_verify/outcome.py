@@ -18,7 +18,9 @@ __all__ = [
     "NOTHING_ASSERTED",
     "NOT_APPLICABLE",
     "NOT_RUN",
+    "PROCESS",
     "QUIET",
+    "UNFINISHED",
     "Outcome",
     "signature",
 ]
@@ -26,7 +28,10 @@ __all__ = [
 HELD, FALSIFIED, NOT_APPLICABLE = "held", "falsified", "not applicable"
 NOT_RUN, KNOWN = "not run", "known failure"
 NOTHING_ASSERTED, INTERNAL_ERROR = "nothing asserted", "internal error"
-BAD_TARGET = "bad target"
+BAD_TARGET, UNFINISHED = "bad target", "unfinished"
+
+#: What a falsification by a process that ended compares.
+PROCESS = "the process that runs the target"
 
 #: The verdicts that raise no alarm.
 QUIET = frozenset({HELD, NOT_APPLICABLE, NOT_RUN, KNOWN})
@@ -39,7 +44,8 @@ class Outcome:
     Args:
         name: the property.
         verdict: held, falsified, not applicable, not run (no device, or too slow for the profile),
-            known failure, nothing asserted, bad target (its description contradicts itself), or
+            known failure, unfinished (it ran when the time was up, and may hang or have crashed),
+            nothing asserted, bad target (its description contradicts itself), or
             internal error.
         evidence: exact, bounded, statistical, or exhausted over a space.
         device: ``"cpu"`` or ``"cuda"``.
@@ -53,6 +59,7 @@ class Outcome:
         sampled: trials sampled uniformly, each independently of all others.
         discarded: draws that led to no case, and cases found not applicable.
         known: cases that failed as a known failure does.
+        signatures: of the failures seen, known ones included.
         pairs: the pairs of classes of factors met, as `coverage` numbers them.
         configs: the hashes of the configurations seen.
         remarkable: trials worth keeping, each with why.
@@ -76,6 +83,7 @@ class Outcome:
     sampled: int = 0
     discarded: int = 0
     known: int = 0
+    signatures: tuple[str, ...] = ()
     pairs: int = 0
     configs: frozenset[int] = frozenset()
     remarkable: tuple[tuple[str, tuple[Case, ...]], ...] = ()
@@ -96,6 +104,7 @@ class Outcome:
             "trial": _trial(data["trial"]),
             "pairs": int(data["pairs"], 16),
             "configs": frozenset(data["configs"]),
+            "signatures": tuple(data["signatures"]),
             "remarkable": tuple((why, _trial(trial)) for why, trial in data["remarkable"]),
         }
         return cls(**{**data, **rest})
@@ -108,8 +117,16 @@ def _trial(data: Any) -> tuple[Case, ...]:
 def signature(what: str, got: str) -> str:
     """What two failures of a property share when they are of one kind.
 
-    The quantity that differs, without its numbers; for an exception also its type.
+    The quantity that differs, without its numbers and dtypes; for an exception also its type, and
+    for a process that ended, how.
     """
     kind = re.match(r"\w+(Error|Exit|Exception)\b", got)
-    text = re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "#", what)
-    return f"{text} ({kind.group()})" if kind else text
+    detail = _without_numbers(got) if what == PROCESS else kind.group() if kind else ""
+    return f"{_without_numbers(what)} ({detail})" if detail else _without_numbers(what)
+
+
+def _without_numbers(text: str) -> str:
+    text = re.sub(r"\b(bfloat16|float16|float32|float64)\b", "dtype", text)
+    number = r"-?\d+(\.\d+)?(e[-+]?\d+)?"
+    text = re.sub(rf"[\[(]({number}(, |,)?)*[\])]", "#", text)
+    return re.sub(number, "#", text)

@@ -56,8 +56,8 @@ WIDE = 160
 
 STYLES = {HELD: "green", FALSIFIED: "bold red", NOT_APPLICABLE: "dim", NOT_RUN: "dim"}
 
-#: The witness of each falsified property on each device.
-Written = Mapping[tuple[str, str], Path]
+#: The files of witnesses that were written, by their names.
+Written = Mapping[str, Path]
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,9 @@ def environment_of(devices: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _witness(outcome: Outcome, witnesses: Written) -> Path | None:
-    return witnesses.get((outcome.name, outcome.device))
+def _file(outcome: Outcome, target: str, witnesses: Written) -> Path | None:
+    witness = witness_of(outcome, target)
+    return witnesses.get(witness.filename) if witness else None
 
 
 def _device_name(device: str) -> str:
@@ -149,7 +150,9 @@ def json_text(run: Run, witnesses: Written) -> str:
         "seconds": round(run.seconds, 3),
         "complaints": list(run.complaints),
         "environment": environment_of(run.devices),
-        "properties": [_outcome_json(o, run.target, _witness(o, witnesses)) for o in run.outcomes],
+        "properties": [
+            _outcome_json(o, run.target, _file(o, run.target, witnesses)) for o in run.outcomes
+        ],
     }
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
@@ -159,8 +162,8 @@ def junit_text(run: Run, witnesses: Written) -> str:
     suite = ElementTree.Element(
         "testsuite",
         name=run.title,
-        tests=str(len(run.outcomes)),
-        failures=str(sum(o.verdict == FALSIFIED for o in run.outcomes)),
+        tests=str(len(run.outcomes) + len(run.complaints)),
+        failures=str(sum(o.verdict == FALSIFIED for o in run.outcomes) + len(run.complaints)),
         errors=str(sum(o.verdict not in (FALSIFIED, *QUIET) for o in run.outcomes)),
         skipped=str(sum(o.verdict in (NOT_APPLICABLE, NOT_RUN) for o in run.outcomes)),
         time=f"{run.seconds:.3f}",
@@ -217,6 +220,7 @@ def _outcome_json(outcome: Outcome, target: str, path: Path | None) -> dict[str,
         "architectures": outcome.architectures,
         "discarded": outcome.discarded,
         "known": outcome.known,
+        "signatures": list(outcome.signatures),
         "pairs": vars(Coverage.of(outcome.pairs)),
         "failure_rate_below": (
             failure_rate_bound(outcome.sampled) if outcome.verdict == HELD else None
@@ -254,7 +258,7 @@ def print_report(console: Console, run: Run, witnesses: Written) -> None:
     console.print(table)
     for outcome in run.outcomes:
         if outcome.verdict == FALSIFIED:
-            _print_falsified(console, outcome, run.target, _witness(outcome, witnesses))
+            _print_falsified(console, outcome, run.target, _file(outcome, run.target, witnesses))
         elif outcome.verdict not in QUIET:
             _print(console, f"\n[bold yellow]{outcome.verdict}[/]: {outcome.name}")
             _print(console, escape(outcome.reason or ""))

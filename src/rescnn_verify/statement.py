@@ -95,11 +95,27 @@ class Property:
             return f"no case in common with the target's space ({error})"
         return None
 
-    def space_for(self, target: Target) -> Space:
-        """The cases for which the statement is claimed of a target."""
-        if self.exhaustive and target.promises_everything:
-            return self.space if target.kind == "stack" else self.space.narrow(num_blocks=Choice(1))
-        return self.space * target.space
+    def space_for(self, target: Target, device: str | None = None) -> Space:
+        """The cases for which the statement is claimed of a target.
+
+        Args:
+            target: the target.
+            device: only those on this device.
+
+        Raises:
+            SpaceError: there are none.
+        """
+        space = self.space
+        if not self.exhaustive:
+            space = space * target.space
+        elif not target.promises_everything:
+            own = {name: f for name, f in target.space.factors if space.get(name)}
+            space = space * Space(own, where=target.space.where)
+        elif target.kind != "stack":
+            space = space.narrow(num_blocks=Choice(1))
+        if device and space.get("device"):
+            space = space.narrow(device=Choice(device))
+        return space
 
 
 def statement(

@@ -174,6 +174,7 @@ def trials(
     *,
     max_size: int = 4,
     work: int = drawing.WORK,
+    any_config: bool = False,
 ) -> tuple[Case, ...]:
     """Cases of a space that share an architecture, a dtype and a device, so that it is built once.
 
@@ -181,9 +182,14 @@ def trials(
         space: the space.
         max_size: most cases in a trial.
         work: most multiply-adds that a forward pass of one case may cost.
+        any_config: no configuration is left out for its cost; one that is too dear gets the least
+            input.
     """
+    source = _HypothesisDraw(draw)
     try:
-        return drawing.draw_trial(_HypothesisDraw(draw), space, max_size=max_size, work=work)
+        return drawing.draw_trial(
+            source, space, max_size=max_size, work=work, any_config=any_config
+        )
     except drawing.NoCase:
         reject()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,10 +17,18 @@ from rescnn_verify.campaign import devices_of, run_units
 from rescnn_verify.engine import Search
 from rescnn_verify.enumeration import architectures, batched
 from rescnn_verify.evidence import merged
-from rescnn_verify.outcome import FALSIFIED, HELD, NOT_APPLICABLE, NOT_RUN, Outcome
+from rescnn_verify.outcome import (
+    FALSIFIED,
+    HELD,
+    NOT_APPLICABLE,
+    NOT_RUN,
+    NOTHING_ASSERTED,
+    Outcome,
+)
 from rescnn_verify.space import Choice, Factor, Integers, Lists, Space, SpaceError, architectural
 from rescnn_verify.statement import find_property
 from rescnn_verify.unit import Unit, target_of
+from rescnn_verify.witness import versions
 from rescnn_verify.workers import Crew
 
 __all__ = ["Sweep", "SweepError", "SweepPlan"]
@@ -28,6 +37,8 @@ VERSION = 1
 
 #: Configurations that make a unit, which is what is done again if it was interrupted.
 CHUNK = 20
+#: Verdicts that running a unit again would not change.
+CONCLUSIVE = frozenset({HELD, FALSIFIED, NOT_APPLICABLE, NOTHING_ASSERTED})
 #: More cases of one property than anybody waits for.
 MOST = 10**8
 
@@ -73,7 +84,15 @@ class SweepPlan:
             "devices": list(self.devices),
             "shard": list(self.shard),
             "chunk": CHUNK,
+            "versions": versions(),
+            "source": self._source(),
         }
+
+    def _source(self) -> str:
+        """A hash of the target's own files: what is done is done of these."""
+        files = sorted(target_of(self.target).source_files)
+        content = b"".join(Path(file).read_bytes() for file in files if Path(file).is_file())
+        return hashlib.sha256(content).hexdigest()
 
 
 @dataclass
@@ -103,9 +122,7 @@ class Sweep:
             target = target_of(self.plan.target, self.plan.bounded)
             if reason := prop.missing(target):
                 raise SpaceError(reason)
-            space = prop.space_for(target)
-            if space.get("device"):
-                space = space.narrow(device=Choice(device))
+            space = prop.space_for(target, device)
         except SpaceError as error:
             nothing = Outcome(name, NOT_APPLICABLE, prop.evidence, device, reason=str(error))
             self._not_applicable.append(nothing)
@@ -124,33 +141,43 @@ class Sweep:
     @property
     def units(self) -> int:
         """How many units there are, done or not."""
-        return sum(self._count(space) for space in self._spaces.values())
+        return sum(map(self._count, self._spaces))
 
-    def _count(self, space: Space) -> int:
-        """How many units of this shard a space makes."""
-        configs = math.prod(_size(f) for name, f in space.factors if architectural(name))
+    def _count(self, lane: str) -> int:
+        """How many units of this shard a property has."""
+        factors = self._spaces[lane].factors
+        configs = math.prod(_size(factor) for name, factor in factors if architectural(name))
+        return len(range(self._first(lane), -(-configs // CHUNK), self.plan.shard[1]))
+
+    def _first(self, lane: str) -> int:
+        """The number of a property's first unit of this shard: spread, as many have but one."""
         index, count = self.plan.shard
-        return len(range(index, -(-configs // CHUNK), count))
+        return (index + list(self._spaces).index(lane)) % count
 
     @property
     def outcomes(self) -> list[Outcome]:
         """What came of each property so far, in the plan's order."""
-        totals = [self._total(lane, space) for lane, space in self._spaces.items()]
+        totals = list(map(self._total, self._spaces))
         order = self.plan.properties.index
         return sorted((*self._not_applicable, *totals), key=lambda o: (order(o.name), o.device))
 
-    def _total(self, lane: str, space: Space) -> Outcome:
+    def _total(self, lane: str) -> Outcome:
         done = [outcome for tag, outcome in self.done.items() if _lane_of(tag) == lane]
         name, _, device = lane.partition("@")
-        missing = self._count(space) - len(done)
-        nothing = Outcome(name, NOT_RUN, find_property(name).evidence, device)
+        missing = self._count(lane) - len(done)
+        reason = "no unit of it is in this shard"
+        nothing = Outcome(name, NOT_RUN, find_property(name).evidence, device, reason=reason)
         total = merged((nothing, *done))
         if total.verdict not in (HELD, NOT_RUN):
             return total
         if missing:
             reason = f"{missing} of {missing + len(done)} units are still to be run"
             return replace(total, verdict=NOT_RUN, reason=reason)
-        return replace(total, evidence=f"exhausted over {total.cases} cases")
+        if not done:
+            return nothing
+        index, count = self.plan.shard
+        part = f" (part {index + 1} of {count})" if count > 1 else ""
+        return replace(total, evidence=f"exhausted over {total.cases} cases{part}")
 
     def run(
         self, crew: Crew, *, until: Callable[[], float] = lambda: math.inf
@@ -174,18 +201,26 @@ class Sweep:
         with _opened(self.state, self.plan.header()) as file:
             for unit, outcome in run_units(units(), crew, until=until):
                 done = replace(outcome, remarkable=())
-                _add(file, {"unit": unit.tag, "outcome": done.to_json()})
                 self.done[unit.tag] = done
                 if done.verdict == FALSIFIED:
                     falsified.add(_lane_of(unit.tag))
+                full = None
+                try:
+                    if done.verdict in CONCLUSIVE:
+                        _add(file, {"unit": unit.tag, "outcome": done.to_json()})
+                except OSError as error:
+                    full = error
                 yield done
+                if full:
+                    raise SweepError(f"--state {self.state}: {full.strerror}") from full
 
     def _units(self) -> Iterator[Unit]:
-        index, count = self.plan.shard
+        count = self.plan.shard[1]
         for lane, space in self._spaces.items():
             name, _, device = lane.partition("@")
             groups = batched(architectures(space), CHUNK)
-            for number, configs in itertools.islice(enumerate(groups), index, None, count):
+            first = self._first(lane)
+            for number, configs in itertools.islice(enumerate(groups), first, None, count):
                 yield Unit(
                     name,
                     self.plan.target,
@@ -236,10 +271,14 @@ def _read(state: Path, header: Mapping[str, Any]) -> dict[str, Outcome]:
             raise SweepError(f"{state} is not the state of a sweep: {error}") from error
     if entries[0] != header:
         raise SweepError(
-            f"{state} is the state of another sweep, or of another shard of it; remove it to begin "
-            "anew, or name another file with --state"
+            f"{state} is the state of another sweep, of another shard of it, or of another version "
+            "of the target or the packages; remove it to begin anew, or give another --state"
         )
-    return {entry["unit"]: Outcome.from_json(entry["outcome"]) for entry in entries[1:]}
+    done = {}
+    for entry in entries[1:]:
+        with suppress(KeyError, TypeError, ValueError):  # a damaged line: it is run again
+            done[entry["unit"]] = Outcome.from_json(entry["outcome"])
+    return done
 
 
 @contextmanager

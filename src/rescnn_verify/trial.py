@@ -67,7 +67,7 @@ def run_trial(
             tally.architectures.add(case.config)
             tally.pairs |= pairs_of(case)
         try:
-            with journal.running(trial[: i + 1]) if journal else nullcontext():
+            with journal.running(case, i) if journal else nullcontext():
                 for comparison in prop.check(subject, case):
                     if tally is not None:
                         tally.assertions += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import tempfile
 import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -55,6 +56,7 @@ class Unit:
         """The unit as JSON text."""
         search = vars(self.search) | {
             "trials": [[case.to_json() for case in trial] for trial in self.search.trials],
+            "last": [[case.to_json() for case in trial] for trial in self.search.last],
             "configs": [Case(**vars(config)).to_json() for config in self.search.configs],
         }
         finite = {key: None if item == math.inf else item for key, item in search.items()}
@@ -67,6 +69,7 @@ class Unit:
         search = data["search"]
         given = {
             "trials": tuple(tuple(map(Case.from_json, trial)) for trial in search["trials"]),
+            "last": tuple(tuple(map(Case.from_json, trial)) for trial in search["last"]),
             "configs": tuple(Case.from_json(item).config for item in search["configs"]),
             "seconds": math.inf if search["seconds"] is None else search["seconds"],
             "shard": tuple(search["shard"]),
@@ -79,7 +82,7 @@ def run_unit(text: str) -> str:
     """Runs a unit given as JSON, and returns its outcome as JSON: what workers do."""
     unit = Unit.loads(text)
     try:
-        outcome = _run(unit)
+        return json.dumps(_run(unit).to_json(), allow_nan=False)
     except SpaceError as error:
         outcome = _nothing(unit, NOT_APPLICABLE, str(error))
     except TargetError as error:
@@ -93,8 +96,10 @@ def _run(unit: Unit) -> Outcome:
     target = target_of(unit.target, unit.space)
     with ExitStack() as stack:
         journal = None
-        if unit.journal:
-            journal = stack.enter_context(Journal.open(Path(unit.journal), unit.case_timeout))
+        if unit.journal or unit.case_timeout:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rescnn-verify-"))
+            path = Path(unit.journal or f"{folder}/journal")  # which also keeps the time
+            journal = stack.enter_context(Journal.open(path, unit.case_timeout))
         return search_property(
             find_property(unit.name),
             target,
@@ -136,14 +141,17 @@ def _target_of(spec: str, space: str) -> Target:
     if data is None:
         return target
     if "near" in data:
-        return confined(target, neighbourhood(config_of(data["near"], "--config")))
+        config = config_of(data["near"], "--config")
+        if target.kind == "block":
+            config = replace(config, num_blocks=1)
+        return confined(target, neighbourhood(config))
     return confined(target, space_of(data["space"], "--space"))
 
 
 def confined(target: Target, space: Space) -> Target:
     """A target within a space.
 
-    A stack with the contract's constructor promises every configuration, so the space replaces
+    A class with the contract's constructor promises every configuration, so the space replaces
     what is explored by default; any other target keeps to its own space.
 
     Raises:
@@ -156,10 +164,13 @@ def confined(target: Target, space: Space) -> Target:
             f"kernel_sizes: {even} is even, which the contract lets an implementation refuse; "
             "leave it out, or promise it by a rescnn_verify.Target"
         )
-    if target.kind == "stack":
-        promised = Space(
-            {n: f for n, f in promised.factors if not space.get(n)}, where=promised.where
-        )
+    options = {name for name, _ in space.factors if name.startswith("option.")}
+    if unknown := sorted(options - {name for name, _ in promised.factors}):
+        raise SpaceError(f"{unknown[0]}: the target's own space names no such option")
+    if target.follows_contract:
+        fixed = {"num_blocks"} if target.kind == "block" else set()
+        kept = {n: f for n, f in promised.factors if n in fixed or not space.get(n)}
+        promised = Space(kept, where=promised.where)
     return replace(target, space=space * promised)
 
 

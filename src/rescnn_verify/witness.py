@@ -18,6 +18,7 @@ import torch
 from rescnn_verify import __version__
 from rescnn_verify.case import Case, CaseError
 from rescnn_verify.compare import Falsified, NotApplicable
+from rescnn_verify.files import write_whole
 from rescnn_verify.statement import find_property
 from rescnn_verify.subject import environment
 from rescnn_verify.target import load
@@ -80,7 +81,7 @@ class Witness:
         """Writes the witness into a folder, making it if need be."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.filename
-        path.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
+        write_whole(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
         return path
 
     @classmethod
@@ -159,15 +160,15 @@ def reproduce(name: str, target: str, *cases: Mapping[str, Any]) -> None:
         raise WitnessError(f"{name} does not apply to {target}: {reason}") from reason
 
 
-def find_witnesses(place: str, folder: Path) -> list[tuple[Path, Witness]]:
-    """The witnesses at a place: a file, all files of a folder, or one named by its ID.
+def find_witnesses(place: str, folder: Path) -> list[Path]:
+    """The files of the witnesses at a place: a file, all of a folder, or one named by its ID.
 
     Args:
         place: a path, or the ID at the end of a witness's file name.
         folder: where an ID is looked for.
 
     Raises:
-        WitnessError: there is none, or a file is not a witness.
+        WitnessError: there is none.
     """
     path = Path(place)
     if path.is_dir():
@@ -180,7 +181,7 @@ def find_witnesses(place: str, folder: Path) -> list[tuple[Path, Witness]]:
         paths = sorted(folder.glob(f"*-{glob.escape(place)}*.json"))
         if len(paths) != 1:
             raise WitnessError(f"{place}: no such file, and {len(paths)} of this ID in {folder}")
-    return [(path, Witness.read(path)) for path in paths]
+    return paths
 
 
 def replay(witness: Witness) -> Falsified | None:

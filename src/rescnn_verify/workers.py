@@ -14,7 +14,7 @@ from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from types import TracebackType
 from typing import Protocol
 
-__all__ = ["CONTEXT", "Crew", "Here", "Processes", "usable_cores", "workers"]
+__all__ = ["CONTEXT", "Crew", "Here", "Processes", "end_with_the_parent", "usable_cores", "workers"]
 
 #: Workers are forked from a server that has run nothing yet, so no thread or device context of the
 #: calling process is copied.
@@ -115,14 +115,14 @@ class Processes:
 
 def workers(count: int) -> ProcessPoolExecutor:
     """Processes that have torch imported."""
-    CONTEXT.set_forkserver_preload(["rescnn_verify.unit"])
-    executor = ProcessPoolExecutor(count, mp_context=CONTEXT, initializer=_end_with_the_parent)
+    CONTEXT.set_forkserver_preload(["rescnn_verify.unit", "rescnn_verify.strategies"])
+    executor = ProcessPoolExecutor(count, mp_context=CONTEXT, initializer=end_with_the_parent)
     executor.submit(os.getpid)
     return executor
 
 
-def _end_with_the_parent() -> None:
-    """Ends this worker when the process that started it is gone, and only then.
+def end_with_the_parent() -> None:
+    """Ends this process when the process that started it is gone, and only then.
 
     Ctrl-C in a terminal reaches workers, too, but it is the parent's to say what ends.
     """
