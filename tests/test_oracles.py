@@ -542,6 +542,60 @@ def test_without_a_vector_there_is_no_backward_pass():
     assert forward.gradients == ()
 
 
+def two_blocks(first, second):
+    """Blocks of one branch, given the shifts of branch and fusion; all else passes the input on."""
+    return tuple(Block((one_tap(1, a),), one_tap(1, b)) for a, b in (first, second))
+
+
+def test_the_bits_of_two_blocks_are_those_of_their_largest_sum():
+    found = exact_pass(two_blocks((0.5, 0.25), (0.125, 0.0625)), row(1), None, fraction=0.5)
+    assert found.out == 5.6875
+    assert found.forward_bits == np.log2(5.6875 / 0.0625)
+
+
+def test_nothing_needs_no_bits():
+    x = row(0, 0)
+    found = exact_pass((Block((one_tap(1, 0),), one_tap(1, 0)),), x, x, fraction=0.5)
+    assert found.forward_bits == found.backward_bits == found.weight_bits == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_over_a_unit_of_a_half_needs_a_bit():
+    found = exact_pass((Block((one_tap(0, 1),), one_tap(0, 0)),), row(0), None, fraction=0.5)
+    assert found.forward_bits == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kink"),
+    [
+        ((1, 1), (1, 1), False),
+        ((-1, 1), (1, 1), True),  # the first block's branch
+        ((-2, -1), (1, 1), True),  # its sum
+        ((1, 1), (-4, 1), True),  # the second block's branch
+        ((1, 1), (-9, -4), True),  # its sum
+        ((-2, 1), (-3, 1), False),
+    ],
+)
+@pytest.mark.parametrize("v", [None, row(1)])
+def test_a_kink_anywhere_counts(first, second, kink, v):
+    assert exact_pass(two_blocks(first, second), row(1), v).kink is kink
+
+
+@pytest.mark.parametrize("v", [None, row(1)])
+def test_the_masks_of_every_relu_come_in_order(v):
+    found = exact_pass(two_blocks((-2, 0.5), (-1.25, -2)), row(1), v, fraction=0.5)
+    assert [bool(mask) for mask in found.masks] == [False, True, True, False]
+    silent = exact_pass(two_blocks((-1, -1), (0, 0)), row(1), v)
+    assert [bool(mask) for mask in silent.masks] == [False] * 4
+
+
+@pytest.mark.parametrize(("shifts", "gradient"), [((0, 1), 1), ((1, -1), 0), ((1, 1), 2)])
+def test_no_gradient_passes_a_relu_at_exactly_0(shifts, gradient):
+    branch, fusion = shifts
+    found = exact_pass((Block((one_tap(1, branch),), one_tap(1, fusion)),), row(0), row(1))
+    assert found.input_gradient == gradient
+
+
 def test_the_unit_of_a_later_block_counts():
     fractions = [Fraction(1, 2**i) for i in range(1, 5)]
     network = tuple(

@@ -1,7 +1,10 @@
 """The model's documented claims, one test each."""
 
+import re
+
 import pytest
 import torch
+from torch import nn
 
 from rescnn import ResCNNBlock, ResCNNStack
 
@@ -85,12 +88,27 @@ def test_state_dict_has_the_documented_keys(stack):
         ({"num_blocks": 0}, "num_blocks=0"),
         ({"dropout": float("nan")}, "dropout=nan"),
         ({"dropout": 1.5}, "dropout=1.5"),
-        ({"dropout": "0.1"}, "dropout='0.1'"),
+        ({"dropout": "0.1"}, "dropout='0.1' must be a number, not str"),
+        ({"channels": "8"}, "channels='8' must be an integer, not str"),
+        ({"kernel_sizes": (3, 5.0)}, "kernel_sizes=[3, 5.0]: 5.0 is not an integer"),
+        ({"kernel_sizes": (3, True)}, "kernel_sizes=[3, True]: True is not an integer"),
     ],
 )
 def test_impossible_arguments_are_refused_by_name_and_value(arguments, named):
-    with pytest.raises((ValueError, TypeError), match=named.replace("[", r"\[")):
+    with pytest.raises((ValueError, TypeError), match=re.escape(named)):
         ResCNNStack(**{"channels": 8, **arguments})
+
+
+def test_the_defaults_are_the_documented_ones():
+    stack = ResCNNStack()
+    assert len(stack.blocks) == 3
+    assert stack.blocks[0].get_receptive_field() == 7
+    assert [m.p for m in stack.modules() if isinstance(m, nn.Dropout1d)] == [0.1] * 3
+
+
+def test_a_dropout_of_1_leaves_the_rectified_input():
+    x = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ResCNNBlock(8, dropout=1.0)(x), x.relu())
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (2, 7, 8), (2, 8, 8, 1), (8,)])
