@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Kept:
             kept = cls(str(data["property"]), trial, data["why"], float(data["ratio"]))
         except KeyError as error:
             raise CorpusError(f"it has no {error.args[0]!r}") from error
-        except (CaseError, TypeError, ValueError) as error:
+        except (CaseError, TypeError, ValueError, RecursionError) as error:
             raise CorpusError(str(error)) from error
         if not trial:
             raise CorpusError("its trial is empty")
@@ -159,6 +159,7 @@ class Corpus:
         Raises:
             OSError: it cannot be written.
         """
+        loosest = None
         alike = [e for e in self.kept[entry.name] if e.why == entry.why]
         if any(e.filename == entry.filename for e in self.kept[entry.name]):
             return False
@@ -166,11 +167,15 @@ class Corpus:
             loosest = min(alike, key=lambda e: e.ratio)
             if entry.why != "tight" or entry.ratio <= loosest.ratio:
                 return False
-            (self.folder / loosest.filename).unlink(missing_ok=True)
-            self.kept[entry.name].remove(loosest)
         write_whole(self.folder / entry.filename, entry.dumps())
         self.kept[entry.name].append(entry)
+        if loosest is not None:
+            (self.folder / loosest.filename).unlink(missing_ok=True)
+            self.kept[entry.name].remove(loosest)
         return True
+
+    def __iter__(self) -> Iterator[Kept]:
+        return (entry for entries in self.kept.values() for entry in entries)
 
     def __len__(self) -> int:
         return sum(map(len, self.kept.values()))

@@ -95,7 +95,7 @@ class Witness:
             data = json.loads(path.read_text())
         except OSError as error:
             raise WitnessError(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WitnessError(f"{path} is not JSON: {error}") from error
         if not isinstance(data, Mapping) or data.get("version") != VERSION:
             raise WitnessError(f"{path} is not a witness of version {VERSION}")
