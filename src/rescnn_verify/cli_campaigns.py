@@ -137,6 +137,7 @@ def fuzz(
     seed = secrets.randbits(32) if seed is None else seed
     with _crew(count or default_count(device), scheduler) as crew:
         from rescnn_verify import report
+        from rescnn_verify.campaign import select
         from rescnn_verify.corpus import Corpus, CorpusError, folder_of
         from rescnn_verify.fuzz import Campaign, FuzzPlan
         from rescnn_verify.known import KnownError, read_baseline, read_known, signatures
@@ -152,6 +153,7 @@ def fuzz(
         )
         target, names = selected(target, against, expression, space)
         devices = usable_devices(device, require_cuda)
+        matching = {prop.name for prop in select(expression)}  # whatever the target is
         try:
             kept = Corpus.read(folder_of(corpus)) if corpus else None
             known = read_known(known_file) if known_file else ()
@@ -179,7 +181,7 @@ def fuzz(
         problems: dict[str, None] = {}
         with stopping_on_interrupt() as interrupt:
             complaints = _stale(
-                [failure for failure in known if failure.witness.name in names],
+                [failure for failure in known if failure.witness.name in matching],
                 target,
                 crew,
                 case_timeout,

@@ -25,6 +25,9 @@ __all__ = ["architectures", "batched", "every_case", "every_input", "smallest_fi
 
 T = TypeVar("T")
 
+#: After so many combinations in a row that the constraints forbid, there is taken to be no other.
+PATIENCE = 2000
+
 
 def every_case(space: Space) -> Iterator[Case]:
     """Every case of a bounded space, once: the last factor varies fastest, each from its simplest.
@@ -82,7 +85,7 @@ def every_input(space: Space, config: Config) -> Iterator[Case]:
 
 
 def smallest_first(space: Space, *, size: int = 4, seed: int = 0) -> Iterator[tuple[Case, ...]]:
-    """Trials of a space without end or until there are no more, the smallest cases first.
+    """Trials of a space, the smallest cases first, until no more are found.
 
     A trial has up to ``size`` cases of one configuration. Seeds are counted up from ``seed``, so
     that data differ from trial to trial.
@@ -92,11 +95,15 @@ def smallest_first(space: Space, *, size: int = 4, seed: int = 0) -> Iterator[tu
     names, factors = _part(space, lambda name: _of_the_input(name) and name != "seed")
     configs = _Lazily(architectures(space))
     inputs = _Lazily(batched(_simplest_first(names, factors), size))
+    last = 0
     for rank, (config, chunk) in enumerate(_diagonally([configs, inputs])):
         data = {"seed": _nth(seeds, seed + rank)} if seeds else {}
         cases = (_with_input(config, values | data) for values in chunk)
         if trial := tuple(case for case in cases if space.meets_constraints(case)):
             yield trial
+            last = rank
+        elif rank - last > PATIENCE:
+            return
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:

@@ -46,8 +46,8 @@ SAMPLED, DRAWN, SMALLEST = 6, 2, 2
 SLICE, SHRINKING = 5.0, 10.0
 
 
-#: Trials of a corpus that a property runs in a round.
-KEPT = 12
+#: Trials of a corpus that make a unit.
+KEPT = 4
 #: Seconds that a campaign must have for properties that are slow to run in it.
 SLOW = 600.0
 
@@ -166,6 +166,9 @@ class Campaign:
                 self._until = time.monotonic()  # what runs now may have found more
 
     def _units(self) -> Iterator[Unit]:
+        for lane in self._lanes.values():  # what was kept comes first, all of it
+            while not lane.closed and (kept := tuple(itertools.islice(lane.first, KEPT))):
+                yield self._unit_of(lane, Search(trials=kept, seconds=self.seconds_left))
         for self._round in itertools.count(1):
             lanes = [lane for lane in self._lanes.values() if not lane.closed]
             lanes.sort(key=lambda lane: (find_property(lane.name).slow, -lane.promise))
@@ -180,19 +183,25 @@ class Campaign:
         opening = self._round == 1
         share = prop.effort * min(16, 2 ** (self._round - 1))
         search = Search(
-            trials=tuple(itertools.islice(lane.first, KEPT)),
             documented=opening,
             sampled=max(1, round(SAMPLED * share)),
             drawn=max(1, round(DRAWN * share)),
             seconds=min(SLICE, self.seconds_left),
-            shrinking=min(SHRINKING, max(1.0, self.seconds_left)),
-            shard=plan.shard,
-            known=plan.known.get(lane.name, ()),
             seen=None if opening else lane.total.pairs,
             last=tuple(itertools.islice(lane.smallest, max(1, round(SMALLEST * share)))),
             slow=plan.seconds >= SLOW,
         )
+        return self._unit_of(lane, search)
+
+    def _unit_of(self, lane: _Lane, search: Search) -> Unit:
+        plan = self.plan
         text = f"{plan.seed}/{plan.shard[0]}/{self._round}"
+        search = replace(
+            search,
+            shrinking=min(SHRINKING, max(1.0, self.seconds_left)),
+            shard=plan.shard,
+            known=plan.known.get(lane.name, ()),
+        )
         return Unit(
             lane.name,
             plan.target,

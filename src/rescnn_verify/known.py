@@ -84,11 +84,15 @@ def _entry(path: Path, number: int, entry: Any) -> KnownFailure:
     look_again = entry.get("look_again")
     if look_again is not None and type(look_again) is not date:
         raise KnownError(f"{where}: look_again = {look_again!r} must be a date such as 2030-01-31")
+    if not isinstance(entry.get("link", ""), str):
+        raise KnownError(f"{where}: link = {entry['link']!r} must be a text")
     try:
         find_property(entry["property"])
         witness = Witness.read(path.parent / entry["witness"])
-    except (PropertyError, WitnessError) as error:
-        raise KnownError(f"{where}: {error}") from error
+    except PropertyError as error:
+        raise KnownError(f"{where}: property = {entry['property']!r}: {error}") from error
+    except WitnessError as error:
+        raise KnownError(f"{where}: witness = {entry['witness']!r}: {error}") from error
     if witness.name != entry["property"]:
         raise KnownError(
             f"{where}: property = {entry['property']!r}, but its witness is of {witness.name!r}"

@@ -262,6 +262,9 @@ def print_report(console: Console, run: Run, witnesses: Written) -> None:
         elif outcome.verdict not in QUIET:
             _print(console, f"\n[bold yellow]{outcome.verdict}[/]: {outcome.name}")
             _print(console, escape(outcome.reason or ""))
+    for outcome in run.outcomes:
+        if outcome.verdict == KNOWN:
+            _print(console, f"\nknown failure: {outcome.name}: {escape(_how_known(outcome))}")
     for complaint in run.complaints:
         _print(console, f"\n[bold red]{escape(complaint)}[/]")
     _print(console, _summary(run))
@@ -300,10 +303,16 @@ def _evidence(outcome: Outcome) -> str:
     if outcome.verdict == INTERNAL_ERROR:
         return ""
     if outcome.verdict == KNOWN:
-        return escape(outcome.reason or "")
+        return escape(_how_known(outcome))
     if outcome.worst_ratio is not None:
         return f"{outcome.evidence} (worst {outcome.worst_ratio:.2f})"
     return outcome.evidence
+
+
+def _how_known(outcome: Outcome) -> str:
+    if outcome.known:
+        return f"{outcome.known} cases failed as a known failure does"
+    return outcome.reason or ""
 
 
 def _details(outcome: Outcome) -> tuple[str, ...]:

@@ -114,7 +114,7 @@ class Witness:
         lines = self.python().splitlines()
         return "\n".join(
             [
-                f'"""{self.name} is false of {self.target}: {self.what}"""',
+                repr(f"{self.name} is false of {self.target}: {self.what}"),
                 "",
                 "from rescnn_verify.compare import Falsified",
                 lines[0],
