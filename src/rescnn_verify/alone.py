@@ -166,8 +166,10 @@ def unfinished(unit: Unit, reason: str) -> Outcome:
 
 def hanging(unit: Unit, seconds: float) -> Outcome | None:
     """An unfinished outcome if a unit's last case has been running for so many seconds."""
+    if not unit.journal:
+        return None
     try:
-        age = time.time() - Path(unit.journal or "").stat().st_mtime
+        age = time.time() - Path(unit.journal).stat().st_mtime
     except OSError:
         return None
     if age < seconds:

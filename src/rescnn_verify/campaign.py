@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED as FIRST
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
@@ -175,8 +175,8 @@ def run_units(
                     break
             if not running and not again:
                 return
-            done: Collection[Future[str]] = ()
-            while not done and time.monotonic() < until() + GRACE:
+            done, _ = wait(running, timeout=0.0, return_when=FIRST)
+            while not done and time.monotonic() < until() + GRACE and not crew.gone():
                 done, _ = wait(running, timeout=POLL, return_when=FIRST)
             if not done:
                 break
@@ -195,8 +195,12 @@ def run_units(
                 crew.restart()
             if lost:
                 yield from _after_a_loss(lost, again, until())
+        gone = crew.gone()
         crew.kill()
         for unit in running.values():
+            if gone:
+                yield unit, failed(unit, gone)
+                continue
             limit = max(LONG, unit.case_timeout / 2)
             if outcome := found_so_far(unit) or hanging(unit, limit):
                 yield unit, outcome

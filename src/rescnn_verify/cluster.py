@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import math
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 __all__ = ["Cluster", "ClusterError"]
+
+
+#: Seconds in which a scheduler that went away may come back.
+PATIENCE = 10.0
 
 
 class ClusterError(ValueError):
@@ -38,12 +44,24 @@ class Cluster:
             ) from error
         try:
             self._client = distributed.Client(address, timeout="10s", set_as_default=False)
-            self._client.wait_for_workers(1, timeout=10)
         except (OSError, ValueError, TimeoutError) as error:
+            raise ClusterError(f"--scheduler {address}: no scheduler there: {error}") from error
+        try:
+            self._client.wait_for_workers(1, timeout=10)
+            threads = self._client.nthreads()
+        except TimeoutError as error:
+            self._client.close()
             raise ClusterError(f"--scheduler {address}: no workers there: {error}") from error
+        if max(threads.values()) > 1:
+            self._client.close()
+            raise ClusterError(
+                f"--scheduler {address}: it has workers with several threads, but properties change "
+                "settings of the whole process; give each one thread: dask worker --nthreads 1"
+            )
         self.lost: tuple[type[BaseException], ...] = (distributed.KilledWorker,)
-        self.size = max(1, sum(self._client.nthreads().values()))
+        self.size = len(threads)
         self._executor = self._client.get_executor(pure=False)
+        self._address, self._since = address, math.inf
 
     def submit(self, run: Callable[[str], str], unit: str) -> Future[str]:
         future: Future[str] = self._executor.submit(run, unit)
@@ -51,6 +69,16 @@ class Cluster:
 
     def restart(self) -> None:
         """The scheduler replaces what ended."""
+
+    def gone(self) -> str | None:
+        """Why nothing can run any more, None if it can."""
+        if self._client.status == "running":
+            self._since = math.inf
+            return None
+        self._since = min(self._since, time.monotonic())
+        if time.monotonic() - self._since < PATIENCE:
+            return None  # it may come back
+        return f"the scheduler at {self._address} is gone"
 
     def kill(self) -> None:
         self._executor.shutdown(wait=False)

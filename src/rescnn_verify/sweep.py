@@ -128,13 +128,17 @@ class Sweep:
             self._not_applicable.append(nothing)
             return
         try:
-            size = math.prod(_size(factor) for _, factor in space.factors)
+            sizes = {
+                factor_name: _size(factor_name, factor) for factor_name, factor in space.factors
+            }
         except SpaceError as error:
             raise SweepError(f"{name}: {error}; name values in the space file") from error
+        size = math.prod(sizes.values())
         if size > MOST:
+            largest = sorted(sizes, key=lambda factor: -sizes[factor])[:4]
             raise SweepError(
                 f"{name} has {size:,} combinations in this space, more than {MOST:,}; narrow it: "
-                + ", ".join(f"{n} has {_size(f):,}" for n, f in space.factors if _size(f) > 100)
+                + ", ".join(f"{factor} has {sizes[factor]:,}" for factor in largest)
             )
         self._spaces[f"{name}@{device}"] = space
 
@@ -146,7 +150,7 @@ class Sweep:
     def _count(self, lane: str) -> int:
         """How many units of this shard a property has."""
         factors = self._spaces[lane].factors
-        configs = math.prod(_size(factor) for name, factor in factors if architectural(name))
+        configs = math.prod(_size(n, factor) for n, factor in factors if architectural(n))
         return len(range(self._first(lane), -(-configs // CHUNK), self.plan.shard[1]))
 
     def _first(self, lane: str) -> int:
@@ -167,7 +171,7 @@ class Sweep:
         missing = self._count(lane) - len(done)
         reason = "no unit of it is in this shard"
         nothing = Outcome(name, NOT_RUN, find_property(name).evidence, device, reason=reason)
-        total = merged((nothing, *done))
+        total = merged(done) if done else nothing
         if total.verdict not in (HELD, NOT_RUN):
             return total
         if missing:
@@ -236,15 +240,15 @@ def _lane_of(tag: str) -> str:
     return tag.rpartition("#")[0]
 
 
-def _size(factor: Factor) -> int:
+def _size(name: str, factor: Factor) -> int:
     """How many values a factor has."""
     if isinstance(factor, Choice):
         return len(factor.values)
     if isinstance(factor, Integers):
         return factor.high - factor.low + 1
     if isinstance(factor, Lists):
-        return sum(_size(factor.element) ** n for n in range(factor.low, factor.high + 1))
-    raise SpaceError(f"the reals from {factor.low} to {factor.high} cannot all be tried")
+        return sum(_size(name, factor.element) ** n for n in range(factor.low, factor.high + 1))
+    raise SpaceError(f"{name}: the reals from {factor.low} to {factor.high} cannot all be tried")
 
 
 def _read(state: Path, header: Mapping[str, Any]) -> dict[str, Outcome]:
@@ -259,7 +263,7 @@ def _read(state: Path, header: Mapping[str, Any]) -> dict[str, Outcome]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise SweepError(f"cannot read {state}: {error}") from error
-    if not lines:
+    if not lines or _is_cut_off(state, header):
         return {}
     entries = []
     for number, line in enumerate(lines, 1):
@@ -286,6 +290,8 @@ def _opened(state: Path, header: Mapping[str, Any]) -> Iterator[TextIO]:
     """The state file, open at its end."""
     state.parent.mkdir(parents=True, exist_ok=True)
     with state.open("a+") as file:
+        if _is_cut_off(state, header):
+            file.truncate(0)
         file.seek(0)
         text = file.read()
         if not text:
@@ -295,7 +301,17 @@ def _opened(state: Path, header: Mapping[str, Any]) -> Iterator[TextIO]:
         yield file
 
 
+def _is_cut_off(state: Path, header: Mapping[str, Any]) -> bool:
+    """Whether a state file ends within its first line: the run was ended as it began."""
+    text = state.read_text()
+    return "\n" not in text and _line(header).startswith(text)
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n"
+
+
 def _add(file: TextIO, entry: Mapping[str, Any]) -> None:
-    file.write(json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n")
+    file.write(_line(entry))
     file.flush()
     os.fsync(file.fileno())

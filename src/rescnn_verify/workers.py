@@ -40,6 +40,9 @@ class Crew(Protocol):
     def restart(self) -> None:
         """Makes the crew usable again after a worker has ended."""
 
+    def gone(self) -> str | None:
+        """Why nothing can run any more, None if it can."""
+
     def kill(self) -> None:
         """Ends every worker at once, whatever it does."""
 
@@ -61,6 +64,9 @@ class Here:
 
     def restart(self) -> None:
         """Nothing can have ended."""
+
+    def gone(self) -> str | None:
+        return None
 
     def kill(self) -> None:
         """Nothing runs on."""
@@ -88,6 +94,9 @@ class Processes:
 
     def submit(self, run: Callable[[str], str], unit: str) -> Future[str]:
         return self._executor.submit(run, unit)
+
+    def gone(self) -> str | None:
+        return None
 
     def restart(self) -> None:
         self.kill()
