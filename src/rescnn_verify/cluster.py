@@ -55,8 +55,8 @@ class Cluster:
         if max(threads.values()) > 1:
             self._client.close()
             raise ClusterError(
-                f"--scheduler {address}: it has workers with several threads, but properties change "
-                "settings of the whole process; give each one thread: dask worker --nthreads 1"
+                f"--scheduler {address}: it has workers with several threads, but properties "
+                "change settings of the whole process; give each one: dask worker --nthreads 1"
             )
         self.lost: tuple[type[BaseException], ...] = (distributed.KilledWorker,)
         self.size = len(threads)
