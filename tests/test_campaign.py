@@ -443,3 +443,26 @@ def test_what_was_found_is_kept_if_the_process_ends_while_it_shrinks(tmp_path):
         [(_, outcome)] = run_units(iter([wrong_once(tmp_path, "os._exit(9)")]), crew)
     assert (outcome.verdict, outcome.ended) == (FALSIFIED, False)
     assert (outcome.expected, outcome.got) == ("(1, 4, 30)", "(1, 4, 29)")
+
+
+class Idle(Breaking):
+    """A crew of one whose worker ends between two units."""
+
+    size = 1
+
+    def submit(self, run, text):
+        if len(self.begun) == 1 and not self.restarted:
+            raise BrokenExecutor
+        from concurrent.futures import Future
+
+        future = Future()
+        future.set_result(run(text))
+        self.begun.append(Unit.loads(text).tag)
+        return future
+
+
+def test_a_worker_that_ends_between_two_units_loses_none():
+    crew, limit = Idle(Case()), time.monotonic() + 8.0  # without a limit it would spin for ever
+    units = [replace(RIGHT, tag=tag) for tag in ("one", "two", "three")]
+    done = [(u.tag, o.verdict) for u, o in run_units(iter(units), crew, until=lambda: limit)]
+    assert done == [("one", HELD), ("two", HELD), ("three", HELD)]

@@ -29,6 +29,9 @@ from rescnn_verify.space import (
     architectural,
     value,
 )
+from rescnn_verify.statement import find_property
+from rescnn_verify.unit import target_of
+from tests.test_unit import STACK
 
 EVERYTHING = ARCHITECTURES * INPUTS
 SMALL = Space(
@@ -292,3 +295,14 @@ def test_groups_are_taken_no_further_than_asked():
     items = itertools.count()
     assert next(batched(items, 5)) == (0, 1, 2, 3, 4)
     assert next(items) == 5
+
+
+def test_real_numbers_with_one_end_are_tried_once():
+    trials = list(smallest_first(Space(dropout=Floats(0.5, 0.5))))
+    assert [case.dropout for trial in trials for case in trial] == [0.5]
+
+
+def test_as_many_branches_as_channels_are_found():
+    space = {"channels": "1..6", "kernel_sizes": {"allowed": [1, 3, 5], "branches": 6}}
+    space = find_property("shape.output_is_finite").space_for(target_of(STACK, {"space": space}))
+    assert next(smallest_first(space))[0].channels == 6

@@ -245,3 +245,9 @@ def test_a_file_that_holds_no_case_says_nothing(tmp_path, content):
 def test_a_file_that_is_not_there_says_nothing(tmp_path):
     assert last_entry(tmp_path / "journal") is None
     assert last_entry(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["5", "[]", "{}", "null", '{"case":{},"index":0}'])
+def test_json_that_is_no_entry_says_nothing(tmp_path, text):
+    (tmp_path / "journal").write_text(text)
+    assert last_entry(tmp_path / "journal") is None

@@ -368,3 +368,23 @@ def test_a_target_that_is_not_there_is_a_bad_target():
     assert outcome.reason == "there is no file nowhere.py"
     with pytest.raises(TargetError, match=r"^there is no file nowhere.py"):
         target_of("nowhere.py:Stack")
+
+
+def test_endless_shrinking_survives():
+    unit = Unit(NAME, STACK, Search(shrinking=math.inf))
+    assert Unit.loads(unit.dumps()) == unit
+
+
+def test_a_property_that_is_not_there_is_an_error_and_no_exception():
+    assert json.loads(run_unit(Unit("no.such", STACK, Search()).dumps()))["verdict"]
+
+
+def test_hypothesis_is_not_asked_where_no_case_can_be_drawn(monkeypatch):
+    def given(strategy):
+        raise AssertionError("it takes long to find out")
+
+    monkeypatch.setattr("hypothesis.given", given)
+    name, space = "modes.one_value_per_channel_cannot_train", {"space": {"mode": "train"}}
+    outcome = json.loads(run_unit(Unit(name, STACK, Search(drawn=2), space=space).dumps()))
+    assert outcome["verdict"] == "nothing asserted"
+    assert outcome["reason"] == "no case of its space could be drawn"

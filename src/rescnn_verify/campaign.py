@@ -173,7 +173,9 @@ def run_units(
                     if not running:
                         crew.restart()
                     break
-            if not running and not again:
+            if not running and again and time.monotonic() < until():
+                continue
+            if not running:
                 return
             done, _ = wait(running, timeout=0.0, return_when=FIRST)
             while not done and time.monotonic() < until() + GRACE and not crew.gone():

@@ -8,6 +8,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -313,13 +314,15 @@ class _Run:
                 trial = draw_trial(draw, self.space, work=work, any_config=self._any_config)
             except NoCase:
                 self.tally.discarded += 1
+                if over():
+                    raise _Done from None
                 continue
             before = self.tally.assertions
             self._examine(self._in_shard(trial), over)
             self.sampled += self.tally.assertions > before
 
     def _drawn(self, over: Callable[[], bool]) -> None:
-        if not self.search.drawn:
+        if not self.search.drawn or not self._has_cases():
             return
         # Imported where it is needed: what replays a case does without Hypothesis.
         from hypothesis import HealthCheck, Phase, given, seed, settings, target
@@ -354,6 +357,17 @@ class _Run:
             raise self.failure.error from None
         except Unsatisfiable:
             self.tally.discarded += 1
+
+    def _has_cases(self) -> bool:
+        """Whether cases can be drawn: Hypothesis takes long to find out that none can."""
+        if self.tally.cases:
+            return True
+        draw = RandomDraw(self.seed)
+        for _ in range(3):
+            with suppress(NoCase):
+                draw_trial(draw, self.space, work=self.prop.work, any_config=self._any_config)
+                return True
+        return False
 
     @property
     def _exhausts(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from rescnn_verify.case import Case, Config
 from rescnn_verify.space import (
+    A_CHANNEL_PER_BRANCH,
     Choice,
     Factor,
     Floats,
@@ -93,7 +94,8 @@ def smallest_first(space: Space, *, size: int = 4, seed: int = 0) -> Iterator[tu
     seeds = space.get("seed")
     space = _without_reals(space)
     names, factors = _part(space, lambda name: _of_the_input(name) and name != "seed")
-    configs = _Lazily(architectures(space))
+    narrow = A_CHANNEL_PER_BRANCH in space.where
+    configs = _Lazily(c for c in architectures(space) if not narrow or c.channels >= c.branches)
     inputs = _Lazily(batched(_simplest_first(names, factors), size))
     last = 0
     for rank, (config, chunk) in enumerate(_diagonally([configs, inputs])):
@@ -126,8 +128,13 @@ def _of_the_input(name: str) -> bool:
 
 def _without_reals(space: Space) -> Space:
     """The space with both ends in place of each range of real numbers."""
-    ends = {n: Choice(f.low, f.high) if isinstance(f, Floats) else f for n, f in space.factors}
-    return Space(ends, where=space.where)
+
+    def ends(factor: Factor) -> Factor:
+        if isinstance(factor, Floats):
+            return Choice(*dict.fromkeys((factor.low, factor.high)))
+        return factor
+
+    return Space({name: ends(factor) for name, factor in space.factors}, where=space.where)
 
 
 def _with_input(config: Config, values: Mapping[str, Any]) -> Case:

@@ -102,12 +102,12 @@ def last_entry(path: Path) -> Entry | None:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+            if "found" in entry:
+                found = (tuple(map(Case.from_json, entry["trial"])), entry["found"])
+            else:
+                trial = (*trial[: entry["index"]], Case.from_json(entry["case"]))
+        except (ValueError, TypeError, KeyError):
             continue  # last words, or a line that was cut off
-        if "found" in entry:
-            found = (tuple(map(Case.from_json, entry["trial"])), entry["found"])
-        else:
-            trial = (*trial[: entry["index"]], Case.from_json(entry["case"]))
     if not trial:
         return None
     return Entry(trial, found, any(line.startswith(_TIMEOUT) for line in lines))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import tempfile
+import os
 import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,7 +20,7 @@ from rescnn_verify.journal import Journal
 from rescnn_verify.outcome import BAD_TARGET, INTERNAL_ERROR, NOT_APPLICABLE, Outcome
 from rescnn_verify.space import Choice, Lists, Space, SpaceError
 from rescnn_verify.spacefile import config_of, neighbourhood, space_of
-from rescnn_verify.statement import find_property
+from rescnn_verify.statement import all_properties, find_property
 from rescnn_verify.target import Target, TargetError, load
 
 __all__ = ["Unit", "confined", "failed", "run_unit", "target_of"]
@@ -71,7 +71,8 @@ class Unit:
             "trials": tuple(tuple(map(Case.from_json, trial)) for trial in search["trials"]),
             "last": tuple(tuple(map(Case.from_json, trial)) for trial in search["last"]),
             "configs": tuple(Case.from_json(item).config for item in search["configs"]),
-            "seconds": math.inf if search["seconds"] is None else search["seconds"],
+            "seconds": _time(search["seconds"]),
+            "shrinking": _time(search["shrinking"]),
             "shard": tuple(search["shard"]),
             "known": tuple(search["known"]),
         }
@@ -97,8 +98,7 @@ def _run(unit: Unit) -> Outcome:
     with ExitStack() as stack:
         journal = None
         if unit.journal or unit.case_timeout:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rescnn-verify-"))
-            path = Path(unit.journal or f"{folder}/journal")  # which also keeps the time
+            path = Path(unit.journal or os.devnull)  # where there is none, it still keeps the time
             journal = stack.enter_context(Journal.open(path, unit.case_timeout))
         return search_property(
             find_property(unit.name),
@@ -116,8 +116,12 @@ def failed(unit: Unit, reason: str) -> Outcome:
 
 
 def _nothing(unit: Unit, verdict: str, reason: str) -> Outcome:
-    evidence = find_property(unit.name).evidence
+    evidence = next((p.evidence for p in all_properties() if p.name == unit.name), "")
     return Outcome(unit.name, verdict, evidence, unit.device, reason=reason)
+
+
+def _time(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
 
 
 def target_of(spec: str, space: Mapping[str, Any] | None = None) -> Target:
