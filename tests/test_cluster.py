@@ -16,10 +16,9 @@ from rescnn_verify import cluster, unit
 from rescnn_verify.alone import hanging
 from rescnn_verify.cluster import Cluster, ClusterError
 from rescnn_verify.engine import Search
-from rescnn_verify.sweep import Sweep
 from tests.test_cli import ROOT
 from tests.test_fuzz import FIELD, SHAPE, STACK, TWO, WIDTHS, in_process, properties_of, target_in
-from tests.test_sweep import SLOW, arguments_of, lines_of, plan_of, sweep_whole, totals_of
+from tests.test_sweep import SLOW, arguments_of, lines_of, sweep_whole, totals_of
 
 
 def daemon(*arguments, **environment):
@@ -186,31 +185,14 @@ def test_a_unit_without_a_journal_says_nothing_about_how_long_it_has_been_runnin
     assert hanging(unit.Unit(WIDTHS, STACK, Search()), 15.0) is None
 
 
-def test_units_never_share_a_process_however_many_threads_it_has(tmp_path, monkeypatch):
-    search, running, most = unit.search_property, [], []
-
-    def watched(*arguments, **options):
-        running.append(None)
-        most.append(len(running))
-        time.sleep(0.05)
-        try:
-            return search(*arguments, **options)
-        finally:
-            running.pop()
-
-    monkeypatch.setattr(unit, "search_property", watched)
-    work = Sweep(plan_of(WIDTHS), tmp_path / "state")
-    with distributed.LocalCluster(
-        processes=False, n_workers=1, threads_per_worker=4, dashboard_address=None
-    ) as local:
-        try:
-            with Cluster(local.scheduler_address) as crew:
-                list(work.run(crew))
-        except ClusterError as refused:
-            assert "thread" in str(refused)
-            return
-    assert len(most) == work.units
-    assert max(most) == 1
+def test_workers_of_several_threads_are_refused():
+    with (
+        distributed.LocalCluster(
+            processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None
+        ) as local,
+        pytest.raises(ClusterError, match=r"several threads.*dask worker --nthreads 1"),
+    ):
+        Cluster(local.scheduler_address)
 
 
 def test_without_a_scheduler_at_the_address_there_is_one_line(impatient):
