@@ -185,6 +185,7 @@ def test_a_unit_without_a_journal_says_nothing_about_how_long_it_has_been_runnin
     assert hanging(unit.Unit(WIDTHS, STACK, Search()), 15.0) is None
 
 
+@pytest.mark.filterwarnings("ignore:Port .* is already in use")
 def test_workers_of_several_threads_are_refused():
     with (
         distributed.LocalCluster(

@@ -200,7 +200,7 @@ def test_exceptions_are_alike_when_they_are_of_one_type():
 def test_a_known_failure_does_not_fail_the_run_and_is_reported(tmp_path):
     target = target_in(tmp_path, SHORTER)
     known = listed(tmp_path, shorter(target))
-    result, entries = fuzzed(tmp_path, target, "--known", known, seconds="3s")
+    result, entries = fuzzed(tmp_path, target, "--known", known, seconds="1s")
     assert result.exit_code == 0, result.output
     assert entries[SHAPE]["verdict"] == "known failure"
     assert entries[SHAPE]["known"] > 0
@@ -218,7 +218,7 @@ def test_without_the_list_the_same_failure_fails_the_run(tmp_path):
 
 def test_a_fixed_one_fails_the_run_until_it_is_removed(tmp_path):
     known = listed(tmp_path, shorter(STACK))
-    result, entries = fuzzed(tmp_path, STACK, "--known", known, seconds="3s")
+    result, entries = fuzzed(tmp_path, STACK, "--known", known, seconds="1s")
     assert result.exit_code == 1
     assert entries[SHAPE]["verdict"] == "held"
     line = f"{known}, entry 1: fixed, remove it: {SHAPE} holds for its witness"
@@ -229,7 +229,7 @@ def test_a_fixed_one_fails_the_run_until_it_is_removed(tmp_path):
 def test_each_of_several_entries_is_examined_on_its_own(tmp_path):
     target = target_in(tmp_path, SHORTER)
     known = listed(tmp_path, shorter(target), shorter(target, length=5))
-    result, _ = fuzzed(tmp_path, target, "--known", known, seconds="3s")
+    result, _ = fuzzed(tmp_path, target, "--known", known, seconds="1s")
     assert result.exit_code == 1
     complaints = json.loads((tmp_path / "o.json").read_text())["complaints"]
     assert complaints == [f"{known}, entry 2: fixed, remove it: {SHAPE} holds for its witness"]
@@ -298,7 +298,7 @@ def test_one_whose_property_does_not_apply_to_the_target_fails_the_run(tmp_path)
         "--known",
         listed(tmp_path, witness),
         expression="shape_dtype or widths_sum",
-        seconds="3s",
+        seconds="1s",
     )
     assert result.exit_code == 1
     assert f"entry 1: matches nothing, remove it: {WIDTHS} is not applicable" in result.stdout
@@ -308,7 +308,7 @@ def test_one_that_compares_two_implementations_fails_the_run_of_a_single_one(tmp
     witness = witness_of(AGAINST, STACK, Case(), "output")
     known = listed(tmp_path, witness)
     expression = "shape_dtype or outputs_agree"
-    result, _ = fuzzed(tmp_path, STACK, "--known", known, expression=expression, seconds="3s")
+    result, _ = fuzzed(tmp_path, STACK, "--known", known, expression=expression, seconds="1s")
     assert result.exit_code == 1
     assert "entry 1: matches nothing, remove it" in result.stdout
 
@@ -317,7 +317,7 @@ def test_one_whose_property_is_not_selected_is_not_examined(tmp_path):
     target = target_in(tmp_path, SHORTER)
     known = listed(tmp_path, shorter(target, length=5))
     result, _ = fuzzed(
-        tmp_path, target, "--known", known, expression="output_is_finite", seconds="3s"
+        tmp_path, target, "--known", known, expression="output_is_finite", seconds="1s"
     )
     assert result.exit_code == 0, result.output
 
@@ -343,7 +343,7 @@ def test_what_an_earlier_run_found_does_not_fail_and_what_is_new_does(tmp_path):
     (tmp_path / "o.json").rename(tmp_path / "before.json")
     baseline = ("--baseline", tmp_path / "before.json")
     for _ in range(2):
-        again, entries = fuzzed(tmp_path, target, *baseline, seconds="3s")
+        again, entries = fuzzed(tmp_path, target, *baseline, seconds="1s")
         assert again.exit_code == 0, again.output
         assert entries[SHAPE]["verdict"] == "known failure"
         baseline = ("--baseline", (tmp_path / "o.json").rename(tmp_path / "after.json"))
@@ -359,7 +359,7 @@ def test_what_is_in_one_of_two_lists_does_not_fail(tmp_path):
     before = {"properties": [{"name": SHAPE, "signatures": ["output dtype"]}]}
     (tmp_path / "before.json").write_text(json.dumps(before))
     both = ("--baseline", tmp_path / "before.json", "--known", listed(tmp_path, shorter(target)))
-    result, entries = fuzzed(tmp_path, target, *both, seconds="3s")
+    result, entries = fuzzed(tmp_path, target, *both, seconds="1s")
     assert result.exit_code == 0, result.output
     assert entries[SHAPE]["verdict"] == "known failure"
     assert len(entries[SHAPE]["signatures"]) == 2
