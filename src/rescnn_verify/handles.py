@@ -201,7 +201,7 @@ def _pair(
         Falsified: a norm is over another number of channels than its convolution has.
     """
     partner: dict[nn.Conv1d, _BatchNorm] = {}
-    for part in block.modules():
+    for part in (m for m in block.modules() if m._modules):
         own_convs = [c for c in _convolutions(part) if c in convs]
         own_norms = [n for n in _norms(part) if n in norms]
         if len(own_convs) == len(own_norms) == 1:

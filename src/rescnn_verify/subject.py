@@ -68,13 +68,14 @@ class Subject:
     def model(self, case: Case, *, mode: str | None = None) -> nn.Module:
         """The module for a case, in the state it was built with, in the case's mode."""
         key = (case.config, case.dtype, case.device)
-        if key not in self._built:
+        if key in self._built:
+            model, saved = self._built[key]
+            with torch.no_grad():
+                for entry in saved:
+                    entry.restore()
+        else:
             model = self.build(case)
             self._built[key] = (model, _save(model))
-        model, saved = self._built[key]
-        with torch.no_grad():
-            for entry in saved:
-                entry.restore()
         return self.set_mode(model, mode or case.mode)
 
     def build(self, case: Case) -> nn.Module:
@@ -290,6 +291,8 @@ def seed_everything(seed: int) -> None:
 
 class _Saved:
     """A parameter or buffer with its place, and the value and flags it had."""
+
+    __slots__ = ("name", "owner", "requires_grad", "tensor", "value")
 
     def __init__(self, owner: dict[str, Any], name: str, tensor: Tensor) -> None:
         self.owner, self.name = owner, name

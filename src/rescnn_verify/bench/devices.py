@@ -1,0 +1,128 @@
+"""Devices as a stopwatch sees them: work is enqueued, and marks say when it was done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["Cpu", "Cuda", "Device", "device_named"]
+
+
+class Device(Protocol):
+    """Where work runs.
+
+    Args:
+        name: as reports name it: ``"cpu"`` or ``"cuda"``.
+        timer: what tells the time of the work.
+    """
+
+    name: str
+    timer: str
+
+    def now(self) -> float:
+        """The host's time in seconds."""
+
+    def mark(self) -> Any:
+        """A mark behind all work enqueued so far."""
+
+    def wait(self) -> None:
+        """Returns when all work enqueued so far is done."""
+
+    def seconds(self, start: Any, stop: Any) -> float:
+        """Seconds between two marks, both of them reached."""
+
+    def flush(self) -> None:
+        """Enqueues what pushes earlier data out of the device's last-level cache."""
+
+    def peak_memory(self, run: Callable[[], object]) -> int:
+        """Most bytes that tensors held at once during a run, beyond what they held before it."""
+
+    def describe(self) -> str:
+        """The hardware, in words."""
+
+
+class Cpu:
+    """This machine's processor: work is done when its call returns.
+
+    Nothing is flushed: the weights of a model in use are in the caches as far as they fit.
+    """
+
+    name = "cpu"
+    timer = "perf_counter"
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+
+    def seconds(self, start: float, stop: float) -> float:
+        return stop - start
+
+    def flush(self) -> None:
+        """Nothing to flush."""
+
+    def peak_memory(self, run: Callable[[], object]) -> int:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+        held = most = 0
+        for event in profiler.events():
+            if event.name == "[memory]":
+                held += event.cpu_memory_usage
+                most = max(most, held)
+        return most
+
+    def describe(self) -> str:
+        return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+class Cuda:
+    """The current CUDA device; events on its stream tell when work was done."""
+
+    name = "cuda"
+    timer = "CUDA events"
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties()
+        self._flushed = torch.empty(2 * properties.L2_cache_size, dtype=torch.int8, device="cuda")
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def seconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+        return float(start.elapsed_time(stop)) / 1000
+
+    def flush(self) -> None:
+        self._flushed.zero_()
+
+    def peak_memory(self, run: Callable[[], object]) -> int:
+        self.wait()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        self.wait()
+        return int(torch.cuda.max_memory_allocated() - before)
+
+    def describe(self) -> str:
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+
+
+def device_named(name: str) -> Device:
+    """The device ``"cpu"`` or ``"cuda"``; the latter must exist."""
+    return Cuda() if name == "cuda" else Cpu()
