@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from rescnn_verify import __version__
+from rescnn_verify.cli_bench import bench
 from rescnn_verify.cli_campaigns import fuzz, sweep
 from rescnn_verify.options import (
     DEFAULT_TARGET,
@@ -254,6 +255,7 @@ def list_properties(expression: str | None) -> None:
     report.console().print(table)
 
 
+main.add_command(bench)
 main.add_command(fuzz)
 main.add_command(sweep)
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rescnn_verify.target import Target
     from rescnn_verify.unit import Unit
 
+pytest_plugins = ["rescnn_verify.bench.fixture"]
+
 _PROPERTIES = "rescnn_verify.properties"
 
 
@@ -44,6 +46,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--verify-require-cuda", action="store_true", help="fail unless there is a CUDA device"
+    )
+    group.addoption(
+        "--bench-space", metavar="FILE.toml", help="time the cases of this space; see docs/space.md"
+    )
+    group.addoption(
+        "--bench-how",
+        action="append",
+        choices=("eager", "compiled", "graph"),
+        help="run the model as it is, compiled, or from a CUDA graph; may be given several times",
     )
 
 

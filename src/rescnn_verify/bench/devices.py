@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Cpu", "Cuda", "Device", "device_named"]
+__all__ = ["Cpu", "Cuda", "Device", "device_named", "tensor_floats_allowed"]
 
 
 class Device(Protocol):
@@ -73,12 +75,11 @@ class Cpu:
 
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run()
-        held = most = 0
-        for event in profiler.events():
-            if event.name == "[memory]":
-                held += event.cpu_memory_usage
-                most = max(most, held)
-        return most
+        # `profiler.events()` adds up what happens within an operation, where the peak is.
+        events = profiler.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        held = itertools.accumulate((size for _, size in changes), initial=0)
+        return int(max(held))
 
     def describe(self) -> str:
         return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -98,7 +99,7 @@ class Cuda:
         return time.perf_counter()
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -121,6 +122,20 @@ class Cuda:
 
     def describe(self) -> str:
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+
+
+@contextmanager
+def tensor_floats_allowed(allowed: bool) -> Iterator[None]:
+    """Products in float32 on CUDA with or without TF32; otherwise torch chooses as by default."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=False, allow_tf32=allowed
+        ):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def device_named(name: str) -> Device:

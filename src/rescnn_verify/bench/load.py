@@ -37,7 +37,7 @@ class Load:
 
 @contextmanager
 def loads() -> Iterator[Callable[[], Load | None]]:
-    """The load within the block, once it has ended; None where the system does not tell (Linux does)."""
+    """The load within the block, once it has ended; None where the system does not tell."""
     began, busy, own = time.monotonic(), _busy(), time.process_time()
     found: list[Load | None] = []
     yield lambda: found[0]

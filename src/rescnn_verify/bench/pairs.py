@@ -62,9 +62,9 @@ def interleaved(
 ) -> Pairs:
     """Compares two pieces of work on the same inputs.
 
-    They are measured in turn, the order within each pair random, so that what changes slowly (clocks,
-    temperature, other users) changes both alike. Short ones are repeated within a measurement until
-    it takes a millisecond.
+    They are measured in turn, the order within each pair random, so that what changes slowly
+    (clocks, temperature, other users) changes both alike. Short ones are repeated within a
+    measurement until it takes a millisecond.
 
     Args:
         device: where.
@@ -93,9 +93,9 @@ def judged(ratios: Sequence[float], *, margin: float = MARGIN, alpha: float = AL
     """What the ratios of pairs say.
 
     The interval is that of the sign test: between order statistics k and n + 1 − k of n the median
-    lies unless fewer than k of n fair coins fall on one side, whatever the distribution. It is called
-    faster or slower only if the whole interval is beyond the margin, and the same only if all of it
-    is within.
+    lies unless fewer than k of n fair coins fall on one side, whatever the distribution. The first
+    one is called faster or slower only if the whole interval is beyond the margin, and the same
+    only if all of it is within.
 
     Args:
         ratios: the first one's time over the second one's, pair by pair.

@@ -1,0 +1,107 @@
+"""The command that times: ``bench``. It runs the benchmarks in pytest, with pytest-benchmark."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from rescnn_verify.options import DEFAULT_TARGET, DURATION, fail, usable_devices, writable
+
+__all__ = ["bench"]
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("target", default=DEFAULT_TARGET)
+@click.argument("pytest_arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--against", metavar="PLAIN", help="Also time the target PLAIN, in turn with TARGET.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "all"]),
+    default="cpu",
+    show_default=True,
+    help="Where the models run.",
+)
+@click.option(
+    "--space",
+    "space_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.toml",
+    help="Time the cases of this space.  [default: the documented stack, a few batch sizes]",
+)
+@click.option(
+    "--how",
+    "hows",
+    type=click.Choice(["eager", "compiled", "graph"]),
+    multiple=True,
+    help="Run the model as it is, compiled, or from a CUDA graph; several times for several.",
+)
+@click.option(
+    "--max-time",
+    type=DURATION,
+    default="1s",
+    show_default=True,
+    help="About how long to measure each.",
+)
+@click.option("-k", "expression", metavar="EXPR", help="Only benchmarks whose names match.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write the results as pytest-benchmark's JSON.",
+)
+def bench(
+    target: str,
+    pytest_arguments: tuple[str, ...],
+    against: str | None,
+    device: str,
+    space_file: Path | None,
+    hows: tuple[str, ...],
+    max_time: float,
+    expression: str | None,
+    json_file: Path | None,
+) -> None:
+    """Time TARGET: forward and backward, in both modes, on a CPU or a CUDA device.
+
+    Options of pytest-benchmark may follow, such as --benchmark-autosave or --benchmark-compare.
+    """
+    writable(json_file, "--json")
+    if target.startswith("-"):  # an option for pytest, and no target
+        target, pytest_arguments = DEFAULT_TARGET, (target, *pytest_arguments)
+    import pytest
+
+    from rescnn_verify.bench.jobs import jobs
+    from rescnn_verify.space import SpaceError
+    from rescnn_verify.spacefile import SpaceFileError, read_space
+    from rescnn_verify.target import AGAINST, TargetError, load
+
+    devices = usable_devices(device, require_cuda=False)
+    target = f"{target}{AGAINST}{against}" if against else target
+    try:
+        load(target)
+        jobs(read_space(space_file) if space_file else None, devices, hows or ("eager",))
+    except (TargetError, SpaceError, SpaceFileError) as error:
+        fail(str(error))
+    benchmarks = Path(__file__).parent / "bench" / "benchmarks.py"
+    arguments = [
+        str(benchmarks),
+        "-p",
+        "rescnn_verify.plugin",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "-rs",
+    ]
+    arguments += ["--rootdir", str(benchmarks.parent), "-c", "/dev/null", f"--target={target}"]
+    arguments += [f"--verify-device={device}", f"--benchmark-max-time={max_time}"]
+    arguments += ["--benchmark-columns=min,median,iqr,rounds", "--benchmark-disable-gc"]
+    arguments += [f"--bench-how={how}" for how in hows]
+    arguments += [f"--bench-space={space_file}"] if space_file else []
+    arguments += ["-k", expression] if expression else []
+    arguments += [f"--benchmark-json={json_file}"] if json_file else []
+    status = pytest.main([*arguments, *pytest_arguments])
+    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+        fail(f"-k {expression!r}: no benchmark matches")
+    sys.exit(0 if status == pytest.ExitCode.OK else 2)
