@@ -21,7 +21,7 @@ from rescnn_verify.campaign import select
 from rescnn_verify.drawing import RandomDraw, draw_trial
 from rescnn_verify.engine import PROFILES, check_property
 from rescnn_verify.fuzz import Campaign, FuzzPlan
-from rescnn_verify.outcome import FALSIFIED, QUIET, Outcome
+from rescnn_verify.outcome import FALSIFIED, NOTHING_ASSERTED, QUIET, Outcome
 from rescnn_verify.space import ARCHITECTURES, INPUTS
 from rescnn_verify.statement import all_properties
 from rescnn_verify.target import contract_target
@@ -171,10 +171,13 @@ def _report_right(names, results) -> list[str]:
 
 
 def _broken(name, seed, outcomes) -> list[str]:
+    """What went wrong with the suite itself; what asserted nothing because its search was stopped
+    at a falsification elsewhere did not."""
+    stopped = {NOTHING_ASSERTED} if any(o.verdict == FALSIFIED for o in outcomes) else set()
     return [
         f"{name} (seed {seed}): {o.name}: {o.verdict}: {o.reason}"
         for o in outcomes
-        if o.verdict not in {*QUIET, FALSIFIED}
+        if o.verdict not in {*QUIET, FALSIFIED, *stopped}
     ]
 
 

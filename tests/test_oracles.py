@@ -14,12 +14,12 @@ from torch import nn
 
 from rescnn import ResCNNStack
 from rescnn_verify.bounds.roundoff import SIGNIFICAND_BITS
-from rescnn_verify.case import Case
+from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import within
-from rescnn_verify.handles import contract_handles
+from rescnn_verify.handles import ConvNorm, contract_handles
 from rescnn_verify.networks import certify, make_real, values_of
 from rescnn_verify.oracles.integer import exact_pass
-from rescnn_verify.oracles.layers import Block, Layer, read_network
+from rescnn_verify.oracles.layers import Block, Layer, UnsupportedLayerError, read_network
 from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import as_input
 from rescnn_verify.subject import DTYPES, environment
@@ -376,6 +376,34 @@ def test_forward_bits_are_never_below_what_the_pass_needs(case, kinkless, seed):
     needed = max(needed_bits(v) for v in forward_intermediates(found.network, found.x))
     assert needed <= found.expected.forward_bits
     assert found.expected.forward_bits <= needed + 12
+
+
+@pytest.mark.parametrize(
+    ("layer", "conv"),
+    [
+        ("branch", nn.Conv1d(6, 3, 2)),
+        ("branch", nn.Conv1d(6, 3, 3, groups=3)),
+        ("branch", nn.Conv1d(6, 3, 3, padding_mode="circular")),
+        ("branch", nn.Conv1d(5, 3, 3)),
+        ("branch", nn.Conv1d(6, 2, 3)),
+        ("branch", nn.Conv1d(6, 0, 3)),
+        ("fusion", nn.Conv1d(6, 6, 1, groups=2)),
+        ("fusion", nn.Conv1d(6, 5, 1)),
+    ],
+)
+def test_layers_of_another_architecture_have_no_oracle(layer, conv):
+    """They are for other properties to falsify; here they are not a mistake of the suite."""
+    config = Config(channels=6, num_blocks=2, kernel_sizes=(3, 3))
+    first, second = contract_handles(ResCNNStack(6, 2, (3, 3)), config)
+    changed = ConvNorm(conv, nn.BatchNorm1d(conv.out_channels))
+    if layer == "branch":
+        first = replace(first, branches=(changed, first.branches[1]))
+    else:
+        first = replace(first, fusion=changed)
+    with pytest.raises(UnsupportedLayerError):
+        read_network((first, second))
+    with pytest.raises(UnsupportedLayerError):
+        certify((first, second), Case(**vars(config), length=4), bits="forward_bits")
 
 
 def backward_intermediates(network, x, v):

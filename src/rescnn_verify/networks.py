@@ -11,7 +11,13 @@ from rescnn_verify.bounds.roundoff import SIGNIFICAND_BITS
 from rescnn_verify.case import Case
 from rescnn_verify.handles import BlockHandles, ConvNorm
 from rescnn_verify.oracles.integer import ExactPass, exact_pass
-from rescnn_verify.oracles.layers import Block, Layer, read_network, write_network
+from rescnn_verify.oracles.layers import (
+    Block,
+    Layer,
+    check_layers,
+    read_network,
+    write_network,
+)
 from rescnn_verify.probes import BIG_VARIANCE, as_input, fill, set_norm
 
 __all__ = ["Certified", "certify", "make_real", "values_of"]
@@ -123,7 +129,11 @@ def _integer_network(
 
     With a fraction of ½ the shifts are halves before the first branches' ReLU, quarters before the
     first block's, and so on: an odd multiple of a unit that nothing else needs is never zero.
+
+    Raises:
+        UnsupportedLayerError: as `check_layers`.
     """
+    check_layers(blocks)
     network = []
     unit = 1.0
     for block in blocks:

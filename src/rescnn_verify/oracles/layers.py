@@ -20,6 +20,7 @@ __all__ = [
     "Layer",
     "UnsupportedLayerError",
     "apply",
+    "check_layers",
     "column",
     "columns_of",
     "read_network",
@@ -96,23 +97,42 @@ def read_network(blocks: Sequence[BlockHandles]) -> tuple[Block, ...]:
     """The network that a model's parameters and running statistics describe, in float64.
 
     Raises:
-        UnsupportedLayerError: a convolution that is not the architecture's: strided, dilated,
-            grouped, of an even kernel, or padded with anything but zeros.
+        UnsupportedLayerError: as `check_layers`.
     """
+    check_layers(blocks)
     return tuple(
         Block(tuple(_read_layer(b) for b in block.branches), _read_layer(block.fusion))
         for block in blocks
     )
 
 
+def check_layers(blocks: Sequence[BlockHandles]) -> None:
+    """That a model's layers are those that a network as plain arrays has.
+
+    Raises:
+        UnsupportedLayerError: a convolution that is not the architecture's: strided, dilated,
+            grouped, of an even kernel, padded with anything but zeros, or of other channels than
+            those before it give and those after it take.
+    """
+    for block in blocks:
+        channels = block.fusion.conv.weight.shape[0]
+        joined = sum(branch.conv.weight.shape[0] for branch in block.branches)
+        for layer, inputs in (*((b, channels) for b in block.branches), (block.fusion, joined)):
+            conv = layer.conv
+            plain = (conv.stride, conv.dilation, conv.groups, conv.padding_mode)
+            if plain != ((1,), (1,), 1, "zeros") or conv.weight.shape[2] % 2 == 0:
+                raise UnsupportedLayerError(
+                    "only convolutions of an odd kernel with stride, dilation and groups 1 and "
+                    f"zero padding are known, got {conv}"
+                )
+            if conv.weight.shape[1] != inputs or not conv.weight.numel():
+                raise UnsupportedLayerError(f"{conv} stands where {inputs} channels come in")
+    if len({block.fusion.conv.weight.shape[0] for block in blocks}) > 1:
+        raise UnsupportedLayerError("the blocks have different numbers of channels")
+
+
 def _read_layer(layer: ConvNorm) -> Layer:
     conv, norm = layer.conv, layer.norm
-    plain = (conv.stride, conv.dilation, conv.groups, conv.padding_mode)
-    if plain != ((1,), (1,), 1, "zeros") or conv.weight.shape[2] % 2 == 0:
-        raise UnsupportedLayerError(
-            "only convolutions of an odd kernel with stride, dilation and groups 1 and zero "
-            f"padding are known, got {conv}"
-        )
     bias = np.zeros(conv.weight.shape[0]) if conv.bias is None else _array(conv.bias)
     assert norm.running_mean is not None and norm.running_var is not None
     return Layer(
