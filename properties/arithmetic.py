@@ -13,14 +13,14 @@ from rescnn_verify.oracles.real import Bounded, real_pass
 from rescnn_verify.probes import as_input
 from rescnn_verify.space import INPUTS, Choice, Integers
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import CONTEXTS, onednn
+from rescnn_verify.subject import CONTEXTS, kernel_sets, onednn
 
 REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM)
 EVAL = INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 33))
 
 
 @statement(
-    space=EVAL.narrow(length=Integers(1, 1100), onednn=Choice(True, False)),
+    space=EVAL.narrow(length=Integers(1, 1100)),
     needs=(*REFERENCE, DIRECT),
     work=2**16,
     effort=2,
@@ -39,7 +39,7 @@ def integer_networks_are_exact(subject, case):
 @statement(
     space=EVAL.narrow(
         length=Integers(257, 4200), batch=Choice(1), channels=Integers(1, 8),
-        num_blocks=Integers(1, 5), onednn=Choice(True, False),
+        num_blocks=Integers(1, 5),
     ),
     needs=(*REFERENCE, DIRECT),
     work=2**20,
@@ -56,7 +56,7 @@ def long_integer_signals_are_exact(subject, case):
 @statement(
     space=INPUTS.narrow(
         mode=Choice("eval"), length=Integers(1, 24), batch=Integers(9, 260),
-        channels=Integers(1, 6), onednn=Choice(True, False),
+        channels=Integers(1, 6),
     ),
     needs=(*REFERENCE, DIRECT),
     work=2**19,
@@ -72,13 +72,14 @@ def _same_as_numpy(subject, case):
     found = certify(subject.handles(model, case), case, bits="forward_bits")
     if found is None:
         return
-    with onednn(case["onednn"]), torch.no_grad():
-        out = subject(model, as_input(case, found.x))
-    yield same_bits(out, found.expected.out, "output of an integer network, against NumPy")
+    for enabled in kernel_sets(case):
+        with onednn(enabled), torch.no_grad():
+            out = subject(model, as_input(case, found.x))
+        yield same_bits(out, found.expected.out, "output of an integer network, against NumPy")
 
 
 @statement(
-    space=EVAL.narrow(length=Integers(1, 600), onednn=Choice(True, False)),
+    space=EVAL.narrow(length=Integers(1, 600)),
     needs=(*REFERENCE, DIRECT),
     work=2**16,
     effort=1.2,
@@ -93,16 +94,15 @@ def integer_gradients_are_exact(subject, case):
     found = certify(subject.handles(model, case), case, bits="backward_bits", kinkless=True)
     if found is None:
         return
-    with onednn(case["onednn"]):
-        out, gradient = subject.vjp(model, as_input(case, found.x), torch.from_numpy(found.v))
-    yield same_bits(out, found.expected.out, "output of an integer network with gradients on")
-    yield same_bits(gradient, found.expected.input_gradient, "gradient at the input")
+    for enabled in kernel_sets(case):
+        with onednn(enabled):
+            out, gradient = subject.vjp(model, as_input(case, found.x), torch.from_numpy(found.v))
+        yield same_bits(out, found.expected.out, "output of an integer network with gradients on")
+        yield same_bits(gradient, found.expected.input_gradient, "gradient at the input")
 
 
 @statement(
-    space=EVAL.narrow(
-        length=Integers(1, 300), onednn=Choice(True, False), dtype=Choice("float32", "float64")
-    ),
+    space=EVAL.narrow(length=Integers(1, 300), dtype=Choice("float32", "float64")),
     needs=(*REFERENCE, DIRECT),
     work=2**16,
 )
@@ -116,13 +116,15 @@ def integer_weight_gradients_are_exact(subject, case):
     found = certify(blocks, case, bits="weight_bits", kinkless=True)
     if found is None:
         return
-    with onednn(case["onednn"]):
-        subject.vjp(model, as_input(case, found.x), torch.from_numpy(found.v))
-    for i, (block, gradients) in enumerate(zip(blocks, found.expected.gradients, strict=True)):
-        for j, (layer, own) in enumerate(zip(block.layers, gradients, strict=True)):
-            for name, parameter, expected in _parameters(layer, own):
-                what = f"gradient of {name} {j} of block {i}"
-                yield same_bits(parameter.grad, expected, what)
+    for enabled in kernel_sets(case):
+        model.zero_grad(set_to_none=True)
+        with onednn(enabled):
+            subject.vjp(model, as_input(case, found.x), torch.from_numpy(found.v))
+        for i, (block, gradients) in enumerate(zip(blocks, found.expected.gradients, strict=True)):
+            for j, (layer, own) in enumerate(zip(block.layers, gradients, strict=True)):
+                for name, parameter, expected in _parameters(layer, own):
+                    what = f"gradient of {name} {j} of block {i}"
+                    yield same_bits(parameter.grad, expected, what)
 
 
 @statement(

@@ -11,7 +11,7 @@ from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import as_input, normal_input, own_calls, randomise
 from rescnn_verify.space import INPUTS, Choice, Integers
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import NotApplicable, onednn
+from rescnn_verify.subject import NotApplicable, kernel_sets, onednn
 
 REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT)
 
@@ -19,7 +19,7 @@ REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT)
 @statement(
     space=INPUTS.narrow(
         mode=Choice("eval"), dtype=Choice("float32"), batch=Integers(1, 17),
-        length=Integers(1, 300), onednn=Choice(True, False),
+        length=Integers(1, 300),
     ),
     needs=REFERENCE,
     evidence="bounded",
@@ -38,7 +38,6 @@ def outputs_are_within_the_bound(subject, case):
     space=INPUTS.narrow(
         mode=Choice("eval"), dtype=Choice("bfloat16", "float16"), num_blocks=Choice(1),
         channels=Integers(1, 24), batch=Integers(1, 17), length=Integers(1, 300),
-        onednn=Choice(True, False),
     ),
     needs=REFERENCE,
     evidence="bounded",
@@ -59,15 +58,16 @@ def _output_is_within(subject, case):
     exact = _reference(blocks, case, x)
     if not exact.in_range:
         return
-    with onednn(case["onednn"]), torch.no_grad():
-        out = subject(model, x)
-    yield within(out, exact.out, f"output in {case.dtype}, against the reference")
+    for enabled in kernel_sets(case):
+        with onednn(enabled), torch.no_grad():
+            out = subject(model, x)
+        yield within(out, exact.out, f"output in {case.dtype}, against the reference")
 
 
 @statement(
     space=INPUTS.narrow(
         dtype=Choice("float32"), dropout=Choice(0.0), batch=Integers(1, 9),
-        length=Integers(1, 200), onednn=Choice(True, False),
+        length=Integers(1, 200),
     ),
     needs=REFERENCE,
     evidence="bounded",
@@ -84,16 +84,16 @@ def gradients_are_within_the_bound(subject, case):
     exact = _reference(blocks, case, x, v=v.cpu().double().numpy(), train=case.mode == "train")
     if exact.kink or not exact.in_range:
         return
-    with onednn(case["onednn"]):
-        out, gradient = subject.vjp(model, x, v)
-    yield within(out, exact.out, f"output in {case.mode} mode, against the reference")
-    yield within(gradient, exact.input_gradient, "gradient at the input, against the reference")
+    for enabled in kernel_sets(case):
+        with onednn(enabled):
+            out, gradient = subject.vjp(model, x, v)
+        yield within(out, exact.out, f"output in {case.mode} mode, against the reference")
+        yield within(gradient, exact.input_gradient, "gradient at the input, against the reference")
 
 
 @statement(
     space=INPUTS.narrow(
         mode=Choice("eval"), batch=Integers(1, 9), length=Integers(1, 1100),
-        onednn=Choice(True, False),
     ),
     needs=(HANDLES, BATCH_NORM, DIRECT),
     evidence="bounded",
@@ -111,10 +111,15 @@ def each_layer_is_within_its_own_bound(subject, case):
     randomise(model, case.rng("weights"))
     layers = [layer for block in blocks for layer in block.layers]
     modules = [module for layer in layers for module in (layer.conv, layer.norm)]
-    with own_calls(modules) as calls, onednn(_uses_onednn(case)), torch.no_grad():
-        subject(model, normal_input(case))
-    if not calls:
-        raise NotApplicable("no convolution or norm is called as a module of torch's own")
+    for enabled in kernel_sets(case):
+        with own_calls(modules) as calls, onednn(enabled), torch.no_grad():
+            subject(model, normal_input(case))
+        if not calls:
+            raise NotApplicable("no convolution or norm is called as a module of torch's own")
+        yield from _each_layer(case, layers, calls)
+
+
+def _each_layer(case, layers, calls):
     form, rng = FORMATS[case.dtype], case.rng("channels")
     for place, layer in enumerate(layers):
         channels = torch.from_numpy(rng.permutation(layer.norm.num_features)[:24].copy())
@@ -124,10 +129,6 @@ def each_layer_is_within_its_own_bound(subject, case):
                 if bool(torch.isfinite(expected.bound).all()):
                     what = f"{type(module).__name__} {place} on its own input"
                     yield within(out[:, channels], expected, what)
-
-
-def _uses_onednn(case):
-    return dict(case.extra).get("onednn", True)
 
 
 def _convolution(form, conv, x, channels):

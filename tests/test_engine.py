@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
 from rescnn import ResCNNStack
@@ -270,6 +271,36 @@ def test_a_step_that_crosses_kinks_is_no_finite_difference():
     """Here the gradients at both ends agree, and yet masks between them do not."""
     case = Case(
         channels=5, num_blocks=3, kernel_sizes=(9, 11, 31, 5, 3), length=30, dtype="float64",
-        seed=91961419, extra=(("onednn", True),),
+        seed=91961419,
     )  # fmt: skip
     run_trial(find_property("gradients.finite_differences_are_exact"), STACK, (case,))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "arithmetic.integer_networks_are_exact",
+        "arithmetic.integer_gradients_are_exact",
+        "arithmetic.integer_weight_gradients_are_exact",
+        "rounding.outputs_are_within_the_bound",
+        "rounding.gradients_are_within_the_bound",
+    ],
+)
+@pytest.mark.parametrize("wrong_with", [True, False])
+def test_every_case_runs_with_and_without_onednn(name, wrong_with):
+    class Wrong(nn.Conv1d):
+        def forward(self, x):
+            wrong = torch.backends.mkldnn.enabled == wrong_with
+            return super().forward(2 * x if wrong else x)
+
+    class Stack(ResCNNStack):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            for block in self.blocks:
+                block.branches[0][0].__class__ = Wrong
+
+    case = Case(channels=4, num_blocks=1, kernel_sizes=(3,), length=8, dropout=0.0)
+    target = contract_target(Stack, "Stack")
+    run_trial(find_property(name), STACK, (case,))
+    with pytest.raises(Falsified):
+        run_trial(find_property(name), target, (case,))

@@ -27,6 +27,7 @@ __all__ = [
     "Subject",
     "compiled",
     "environment",
+    "kernel_sets",
     "onednn",
     "seed_everything",
     "seed_torch",
@@ -199,6 +200,11 @@ def onednn(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.mkldnn.enabled = before
+
+
+def kernel_sets(case: Case) -> tuple[bool, ...]:
+    """Whether oneDNN is on, for each set of kernels that the case's device has."""
+    return (True, False) if case.device == "cpu" else (True,)
 
 
 @contextmanager
