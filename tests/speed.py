@@ -2,7 +2,8 @@
 
 ``python -m tests.speed`` prints checks per second, one input being one check, of the usual test
 (one Hypothesis example, one model, one input) and of the engine on the same statement and space;
-then the default check with one process and with two, and the time to the first verdict.
+then the default check with one process and with two, and the time to the first verdict; and what
+a comparison of a model with itself says, again and again.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from hypothesis import given, settings, strategies
 
 from rescnn import ResCNNStack
+from rescnn_verify.bench.devices import Cpu
+from rescnn_verify.bench.pairs import interleaved
 from rescnn_verify.compare import equal
 from rescnn_verify.engine import Search, search_property
 from rescnn_verify.outcome import HELD
@@ -86,11 +90,26 @@ def default_check(*arguments: str) -> float:
     return time.perf_counter() - start
 
 
+def against_itself(runs: int) -> Counter[str]:
+    """The verdicts of comparing a model with itself on the CPU."""
+    model = ResCNNStack(64).eval()
+    inputs = [torch.randn(4, 64, 480) for _ in range(4)]
+
+    def work(x):
+        with torch.inference_mode():
+            return model(x)
+
+    found = [interleaved(Cpu(), work, work, inputs, seed=seed) for seed in range(runs)]
+    print(", ".join(f"{pairs.low:.3f} to {pairs.high:.3f}" for pairs in found))
+    return Counter(pairs.verdict for pairs in found)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
     parser.add_argument("--examples", type=int, default=300, help="of the usual test in a round")
     parser.add_argument("--processes", action="store_true", help="time whole checks, too")
+    parser.add_argument("--itself", type=int, metavar="RUNS", help="compare a model with itself")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for mode in ("eval", "train"):
@@ -101,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         usual, own = (statistics.median(side) for side in zip(*rates, strict=True))
         ratio = statistics.median(b / a for a, b in rates)
         print(f"{mode}: usual {usual:.0f}, suite {own:.0f} checks per second, ratio {ratio:.1f}")
+    if options.itself:
+        print(dict(against_itself(options.itself)))
     if options.processes:
         first = default_check("-k", "widths_sum", "--profile", "quick")
         one, two = default_check("-n", "1"), default_check("-n", "2")

@@ -5,8 +5,11 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
+from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,43 +17,52 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rescnn import ResCNNBlock
-from rescnn_verify.bench import load
+from rescnn import ResCNNBlock, ResCNNStack
+from rescnn_verify.bench import HOWS, load
 from rescnn_verify.bench.cost import flops_of, least_bytes, valid_taps
-from rescnn_verify.bench.devices import Cpu
-from rescnn_verify.bench.jobs import MOST_JOBS, jobs
+from rescnn_verify.bench.devices import Cpu, device_named, tensor_floats_allowed
+from rescnn_verify.bench.jobs import MOST_JOBS, jobs, prepared
 from rescnn_verify.bench.measure import BATCH, Measurement, measure
 from rescnn_verify.bench.pairs import AMBIGUOUS, FASTER, SAME, SLOWER, interleaved, judged
 from rescnn_verify.space import Choice, Integers, Space, SpaceError
+from rescnn_verify.target import contract_target
 
 ROOT = Path(__file__).resolve().parents[1]
 
+STACK = contract_target(ResCNNStack, "stack")
 SIZES = pytest.mark.parametrize("true", [20e-6, 200e-6, 2e-3])
+LAUNCHES = pytest.mark.parametrize("launches", [1, 42, 200])
 
 
 class Asynchronous:
     """A device with a clock of its own: calls return at once, and work is done one after the other.
 
-    Time is virtual, so these tests time nothing. A call keeps the host for 4 µs, an event for 1 µs
-    and the device for half a microsecond, and to see that the device is idle takes 10 µs.
+    Time is virtual, so these tests time nothing. A launch keeps the host for 4 µs, an event for
+    1 µs and the device for half a microsecond, and to see that the device is idle takes 10 µs. No
+    more than 1024 launches wait for the device; the next one keeps the host until one is done.
     """
 
     name, timer = "fake", "virtual events"
-    flushed_in = 30e-6
 
     def __init__(self):
         self.host = self.idle_from = 0.0
         self.waits = 0
+        self.done_at = deque([0.0] * 1024, maxlen=1024)
 
-    def run(self, seconds, launch=4e-6):
-        self.host += launch
+    def launch(self, seconds, cost=4e-6):
+        self.host = max(self.host, self.done_at[0]) + cost
         self.idle_from = max(self.idle_from, self.host) + seconds
+        self.done_at.append(self.idle_from)
+
+    def run(self, seconds, launches=1):
+        for _ in range(launches):
+            self.launch(seconds / launches)
 
     def now(self):
         return self.host
 
     def mark(self):
-        self.run(0.5e-6, launch=1e-6)
+        self.launch(0.5e-6, cost=1e-6)
         return self.idle_from
 
     def wait(self):
@@ -60,8 +72,8 @@ class Asynchronous:
     def seconds(self, start, stop):
         return stop - start
 
-    def flush(self):
-        self.run(self.flushed_in)
+    def hold(self, seconds):
+        self.run(max(30e-6, seconds))
 
     def peak_memory(self, run):
         run()
@@ -71,42 +83,62 @@ class Asynchronous:
         return "virtual"
 
 
+class Benchmark:
+    """What pytest-benchmark does: a timer around the call."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def __call__(self, work, *arguments):
+        start = self.device.now()
+        work(*arguments)
+        return self.device.now() - start
+
+
 # --- measuring -----------------------------------------------------------------------------------
 
 
 @SIZES
-def test_what_is_reported_is_what_the_device_did(true):
+@LAUNCHES
+def test_what_is_reported_is_what_the_device_did(true, launches):
+    """Also of work that the host enqueues more slowly than the device does it."""
     device = Asynchronous()
-    found = measure(device, device.run, [true] * 3, seconds=300 * true)
+
+    def work(_):
+        device.run(true, launches)
+
+    found = measure(device, work, [0, 1, 2], seconds=300 * true)
     assert 1.00 <= found.median / true <= 1.07
-    assert min(found.seconds) / true >= 1.00 and max(found.seconds) / true <= 1.07
+    assert min(found.seconds) / true >= 1.00 - 1e-9 and max(found.seconds) / true <= 1.07
 
 
 @SIZES
 def test_the_naive_way_is_off(true):
     device = Asynchronous()
-    start = device.now()
-    device.run(true)
-    assert (device.now() - start) / true < 0.5
+    assert Benchmark(device)(device.run, true) / true < 0.5
 
 
 @SIZES
-def test_what_the_call_costs_its_caller_is_reported_apart(true):
+@LAUNCHES
+def test_what_the_call_costs_its_caller_is_reported_apart(true, launches):
+    """It does not grow with the work: the launches of many rounds would block the host."""
     device = Asynchronous()
-    found = measure(device, device.run, [true], seconds=300 * true)
-    assert all(math.isclose(seconds, 4e-6, rel_tol=1e-6) for seconds in found.enqueue)
-    assert all(math.isclose(s, 14e-6 + true, rel_tol=1e-6) for s in found.latency)
+
+    def work(_):
+        device.run(true, launches)
+
+    found = measure(device, work, [0], seconds=300 * true)
+    assert all(math.isclose(seconds, 4e-6 * launches, rel_tol=1e-6) for seconds in found.enqueue)
+    least = max(true, 4e-6 * launches) + 10e-6
+    assert all(least <= seconds <= least + true / launches + 5e-6 for seconds in found.latency)
 
 
 def test_the_device_is_waited_for_once_in_a_batch():
     device = Asynchronous()
-    before = measure(device, device.run, [1e-3], seconds=0.0, least=1)
-    single, waits = device.waits, len(before.latency)
-    device = Asynchronous()
     found = measure(device, device.run, [1e-3], seconds=0.0, least=2 * BATCH + 1)
     assert len(found.seconds) == 2 * BATCH + 1
-    # Two waits for each latency; the batches of one and of three are what is left.
-    assert device.waits - 2 * len(found.latency) == single - 2 * waits + 2
+    singles = found.warm_up + len(found.latency)
+    assert device.waits == 3 + 2 * singles  # three batches, and two waits for each round alone
 
 
 def test_inputs_take_turns():
@@ -233,23 +265,61 @@ def test_the_interval_is_the_narrowest_that_the_sign_test_allows(count):
 
 
 @pytest.mark.parametrize(("first", "second"), [(1e-4, 2e-4), (3e-3, 3e-3), (2e-5, 1e-5)])
-def test_pairs_are_compared_on_the_device(first, second):
+@LAUNCHES
+def test_pairs_are_compared_on_the_device(first, second, launches):
+    """And not by what the host needs to enqueue them, which is the same for both."""
     device = Asynchronous()
     found = interleaved(
-        device, lambda _: device.run(first), lambda _: device.run(second), [0], seconds=0.1
+        device,
+        lambda _: device.run(first, launches),
+        lambda _: device.run(second, launches),
+        [0],
+        seconds=0.1,
     )
     assert found.ratio == pytest.approx(first / second, rel=0.05)
     assert found.count >= 40
 
 
-def test_a_device_that_slows_down_does_not_decide():
+def test_a_comparison_keeps_to_its_time():
     device = Asynchronous()
+    interleaved(device, lambda _: device.run(1e-3), lambda _: device.run(5e-2), [0], seconds=20.0)
+    assert 18 < device.host < 25
+
+
+def slower_with_time(device):
+    return 1e-3 * (1 + device.host)
+
+
+def slower_the_second_time(device):
+    return 1e-3 * (1.0 if device.waits % 2 else 1.02)
+
+
+def in_bursts(device):
+    return 1e-3 * (1 + (device.waits % 7 == 0))
+
+
+@pytest.mark.parametrize("takes", [slower_with_time, slower_the_second_time, in_bursts])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_model_is_not_faster_or_slower_than_itself(takes, seed):
+    device, rng = Asynchronous(), random.Random(seed)
 
     def work(_):
-        device.run(1e-3 * (1 + device.host))
+        device.run(takes(device) * math.exp(rng.gauss(0, 0.02)))
 
-    found = interleaved(device, work, work, [0], seconds=1.0)
-    assert found.verdict == SAME
+    found = interleaved(device, work, work, [0], seconds=2.0)
+    assert found.verdict in (SAME, AMBIGUOUS)
+
+
+def test_work_without_inputs_is_refused():
+    with pytest.raises(ValueError, match="at least one input"):
+        measure(Asynchronous(), print, [])
+    with pytest.raises(ValueError, match="at least one input"):
+        interleaved(Asynchronous(), print, print, [])
+
+
+def test_a_device_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="'cuda:0' is not known; allowed: cpu, cuda"):
+        device_named("cuda:0")
 
 
 # --- cost ----------------------------------------------------------------------------------------
@@ -300,7 +370,7 @@ def test_bytes_are_those_that_nothing_can_avoid():
 
 
 def test_the_default_grid_is_the_documented_stack():
-    grid = jobs(None, ["cpu"])
+    grid = jobs(STACK, None, ["cpu"])
     assert {(job.case.channels, job.case.num_blocks, job.case.length) for job in grid} == {
         (512, 3, 960)
     }
@@ -312,7 +382,9 @@ def test_the_default_grid_is_the_documented_stack():
 
 
 def test_a_space_narrows_the_grid():
-    grid = jobs(Space(batch=Choice(2), mode=Choice("eval"), dtype=Choice("float64")), ["cpu"])
+    grid = jobs(
+        STACK, Space(batch=Choice(2), mode=Choice("eval"), dtype=Choice("float64")), ["cpu"]
+    )
     assert {(job.case.batch, job.case.mode, job.case.dtype) for job in grid} == {
         (2, "eval", "float64")
     }
@@ -320,21 +392,39 @@ def test_a_space_narrows_the_grid():
 
 
 def test_float32_on_cuda_is_timed_without_and_with_tf32():
-    grid = [job for job in jobs(None, ["cuda"]) if job.case.dtype == "float32"]
+    grid = [job for job in jobs(STACK, None, ["cuda"]) if job.case.dtype == "float32"]
     assert sum(job.tensor_floats for job in grid) == len(grid) / 2
     assert len({str(job) for job in grid}) == len(grid)
 
 
-def test_a_graph_is_only_replayed_where_it_means_the_same():
-    grid = jobs(None, ["cuda", "cpu"], ["graph"])
-    assert {(job.case.device, job.case.mode, job.backward) for job in grid} == {
-        ("cuda", "eval", False)
-    }
+def test_only_forward_passes_on_cuda_are_replayed_from_a_graph():
+    grid = jobs(STACK, None, ["cuda", "cpu"], ["graph"])
+    assert {(job.case.device, job.backward) for job in grid} == {("cuda", False)}
 
 
 def test_a_space_with_too_many_cases_is_refused():
     with pytest.raises(SpaceError, match=f"more than {MOST_JOBS} benchmarks"):
-        jobs(Space(length=Integers(1, 10**6)), ["cpu"])
+        jobs(STACK, Space(length=Integers(1, 10**6)), ["cpu"])
+
+
+def test_nothing_to_time_is_a_mistake():
+    with pytest.raises(SpaceError, match="nothing to time"):
+        jobs(STACK, None, ["cpu"], ["graph"])
+
+
+def test_what_the_target_does_not_promise_is_not_timed():
+    block = contract_target(ResCNNBlock, "block")
+    assert {job.case.num_blocks for job in jobs(block, None, ["cpu"])} == {1}
+    own = replace(STACK, kind="custom", space=Space(channels=Choice(512), dtype=Choice("float32")))
+    assert {job.case.dtype for job in jobs(own, None, ["cpu"])} == {"float32"}
+
+
+def test_names_can_be_chosen_by():
+    """What `pytest -k` takes as one word."""
+    grid = jobs(STACK, Space(layout=Choice("strided"), dropout=Choice(0.0)), ["cuda"], HOWS)
+    for job in grid:
+        assert re.fullmatch(r"[\w:+.\-]+", str(job))
+        assert json.loads(json.dumps(job.described))["how"] in HOWS
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -351,11 +441,16 @@ dtype = "float32"
 
 def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     (folder / "tiny.toml").write_text(TINY)
-    command = [sys.executable, "-m", "rescnn_verify", "bench", *arguments]
+    return run(folder, "-m", "rescnn_verify", "bench", *arguments)
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    # pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist.
+    environment = {key: v for key, v in os.environ.items() if not key.startswith("PYTEST_")}
     return subprocess.run(
-        command,
+        [sys.executable, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        env=environment | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -383,7 +478,7 @@ def test_the_json_says_what_was_measured_and_how_near_the_peak_it_came(tmp_path)
 def test_two_are_compared_in_turn(tmp_path):
     done = bench(
         tmp_path, "rescnn:ResCNNStack", "--against", "rescnn:ResCNNStack", "--space", "tiny.toml",
-        "-k", "eval-forward-", "--max-time", "0.05", "--json", "out.json",
+        "-k", "eval and not backward", "--max-time", "0.05", "--json", "out.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for one in json.loads((tmp_path / "out.json").read_text())["benchmarks"]:
@@ -396,11 +491,65 @@ def test_two_are_compared_in_turn(tmp_path):
 def test_without_a_cuda_device_its_benchmarks_are_visibly_skipped(tmp_path):
     done = bench(
         tmp_path, "--space", "tiny.toml", "--device", "all", "--max-time", "0.01", "-k",
-        "eval-forward- and 1x4", "--benchmark-columns=min",
+        "eval and not backward and 1x4", "--benchmark-columns=min",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no CUDA device" in done.stdout
     assert "1 passed, 2 skipped" in done.stdout
+
+
+def test_a_second_implementation_made_for_eval_mode_is_timed_there(tmp_path):
+    done = bench(
+        tmp_path, f"{ROOT}/examples/fast.py:fold", "--against", "rescnn:ResCNNStack", "--space",
+        "tiny.toml", "-k", "1x4 and not backward", "--max-time", "0.01",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed, 1 skipped" in done.stdout
+    assert "no second implementation in train mode" in done.stdout
+
+
+def test_runs_are_stored_compared_and_drawn(tmp_path):
+    options = ("--space", "tiny.toml", "--max-time", "0.01", "-k", "1x4 and eval and not backward")
+    for more in (["--benchmark-autosave"], ["--benchmark-compare", "--benchmark-histogram=drawn"]):
+        done = bench(tmp_path, *options, *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "(NOW)" in done.stdout and "(0001_" in done.stdout
+    assert list(tmp_path.glob("drawn*.svg"))
+
+
+OWN = """
+import pytest
+import torch
+
+pytest_plugins = ["rescnn_verify.plugin"]
+
+
+@pytest.mark.benchmark(group="mine")
+def test_mine(device_benchmark):
+    found = device_benchmark(torch.relu, [torch.ones(4), torch.ones(4)])
+    assert found.device == "cpu"
+
+
+def test_elsewhere(device_benchmark):
+    with pytest.raises(ValueError, match="device 'cuda' is given, and inputs are on cpu"):
+        device_benchmark(torch.relu, [torch.ones(4)], device="cuda")
+    with pytest.raises(ValueError, match="name the device"):
+        device_benchmark(len, ["no tensor"])
+    device_benchmark(len, ["no tensor"], device="cpu")
+"""
+
+
+def test_the_fixture_works_in_tests_of_ones_own(tmp_path):
+    (tmp_path / "test_own.py").write_text(OWN)
+    done = run(
+        tmp_path, "-m", "pytest", "-q", "--benchmark-max-time=0.3", "--benchmark-json=out.json"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert found[0]["group"] == "mine"
+    assert found[0]["stats"]["rounds"] > 5
+    disabled = run(tmp_path, "-m", "pytest", "-q", "--benchmark-disable")
+    assert disabled.returncode == 0, disabled.stdout + disabled.stderr
 
 
 @pytest.mark.parametrize(
@@ -411,13 +560,66 @@ def test_without_a_cuda_device_its_benchmarks_are_visibly_skipped(tmp_path):
         (["--space", "nothing.toml"], "there is no file nothing.toml"),
         (["--json", "no/folder/out.json"], "--json no/folder/out.json: there is no folder"),
         (["--how", "faster"], "'faster' is not one of"),
+        (["--how", "graph"], "a graph was asked for without CUDA"),
+        (["--nonsense"], "there is no option --nonsense"),
+        (["a.py:A", "b.py:B"], "a.py:A is one target and b.py:B another"),
         (["-k", "nothing_like_it"], "no benchmark matches"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(tmp_path, arguments, said):
     done = bench(tmp_path, *arguments)
     assert done.returncode == 2
-    assert said in done.stderr + done.stdout
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+
+
+# --- with a GPU ----------------------------------------------------------------------------------
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_cuda
+def test_events_tell_how_long_the_device_worked():
+    device = device_named("cuda")
+    x = [torch.randn(2**26, device="cuda") for _ in range(2)]
+    once, twice = (
+        measure(device, work, x, seconds=0.2).median
+        for work in (lambda x: x.neg(), lambda x: x.neg().neg())
+    )
+    assert twice / once == pytest.approx(2, rel=0.1)
+
+
+@needs_cuda
+def test_peak_memory_on_the_device_is_what_tensors_held_at_once():
+    x = torch.ones(2**20, device="cuda")
+    assert device_named("cuda").peak_memory(lambda: (x + x) + (x + x)) == 3 * 2**22
+
+
+@needs_cuda
+@pytest.mark.parametrize("how", HOWS)
+def test_every_way_to_run_it_gives_the_same(how):
+    space = Space(
+        channels=Choice(8), length=Choice(32), batch=Choice(2), dtype=Choice("float64"),
+        mode=Choice("eval"),
+    )  # fmt: skip
+    (job,) = (job for job in jobs(STACK, space, ["cuda"], [how]) if not job.backward)
+    model = STACK.build(job.case.config).to("cuda", torch.float64).eval()
+    with prepared(job, model, STACK.call) as ready, torch.inference_mode():
+        for x in ready.inputs:
+            out = ready.work(x)
+            if out is not None:
+                assert torch.allclose(out, model(x))
+
+
+@needs_cuda
+def test_tf32_is_allowed_within_and_not_after():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    for allowed in (True, False):
+        with tensor_floats_allowed(allowed):
+            assert torch.backends.cuda.matmul.allow_tf32 is allowed
+            assert torch.backends.cudnn.allow_tf32 is allowed
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

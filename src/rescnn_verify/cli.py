@@ -58,8 +58,7 @@ def run() -> None:
     try:
         main(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
         fail("aborted")
     except Exception:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from rescnn_verify.bench import HOWS
 from rescnn_verify.options import DEFAULT_TARGET, DURATION, fail, usable_devices, writable
 
 __all__ = ["bench"]
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("target", default=DEFAULT_TARGET)
-@click.argument("pytest_arguments", nargs=-1, type=click.UNPROCESSED)
+@click.argument("arguments", metavar="[TARGET] [--benchmark-…]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--against", metavar="PLAIN", help="Also time the target PLAIN, in turn with TARGET.")
 @click.option(
     "--device",
@@ -33,7 +35,7 @@ __all__ = ["bench"]
 @click.option(
     "--how",
     "hows",
-    type=click.Choice(["eager", "compiled", "graph"]),
+    type=click.Choice(HOWS),
     multiple=True,
     help="Run the model as it is, compiled, or from a CUDA graph; several times for several.",
 )
@@ -53,8 +55,7 @@ __all__ = ["bench"]
     help="Write the results as pytest-benchmark's JSON.",
 )
 def bench(
-    target: str,
-    pytest_arguments: tuple[str, ...],
+    arguments: tuple[str, ...],
     against: str | None,
     device: str,
     space_file: Path | None,
@@ -68,8 +69,7 @@ def bench(
     Options of pytest-benchmark may follow, such as --benchmark-autosave or --benchmark-compare.
     """
     writable(json_file, "--json")
-    if target.startswith("-"):  # an option for pytest, and no target
-        target, pytest_arguments = DEFAULT_TARGET, (target, *pytest_arguments)
+    target, further = _split(arguments)
     import pytest
 
     from rescnn_verify.bench.jobs import jobs
@@ -80,28 +80,39 @@ def bench(
     devices = usable_devices(device, require_cuda=False)
     target = f"{target}{AGAINST}{against}" if against else target
     try:
-        load(target)
-        jobs(read_space(space_file) if space_file else None, devices, hows or ("eager",))
+        space = read_space(space_file) if space_file else None
+        jobs(load(target), space, devices, hows or HOWS[:1])
     except (TargetError, SpaceError, SpaceFileError) as error:
         fail(str(error))
     benchmarks = Path(__file__).parent / "bench" / "benchmarks.py"
-    arguments = [
-        str(benchmarks),
-        "-p",
-        "rescnn_verify.plugin",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        "-rs",
-    ]
-    arguments += ["--rootdir", str(benchmarks.parent), "-c", "/dev/null", f"--target={target}"]
-    arguments += [f"--verify-device={device}", f"--benchmark-max-time={max_time}"]
-    arguments += ["--benchmark-columns=min,median,iqr,rounds", "--benchmark-disable-gc"]
-    arguments += [f"--bench-how={how}" for how in hows]
-    arguments += [f"--bench-space={space_file}"] if space_file else []
-    arguments += ["-k", expression] if expression else []
-    arguments += [f"--benchmark-json={json_file}"] if json_file else []
-    status = pytest.main([*arguments, *pytest_arguments])
+    options = ["-p", "rescnn_verify.plugin", "-p", "no:cacheprovider", "-q", "-rs"]
+    # No settings of a project that happens to be around apply.
+    options += ["-c", os.devnull, "--rootdir", str(benchmarks.parent)]
+    options += [f"--target={target}", f"--verify-device={device}"]
+    options += [f"--benchmark-max-time={max_time}", "--benchmark-columns=min,median,iqr,rounds"]
+    options += [f"--bench-how={how}" for how in hows]
+    options += [f"--bench-space={space_file}"] if space_file else []
+    options += ["-k", expression] if expression else []
+    options += [f"--benchmark-json={json_file}"] if json_file else []
+    status = pytest.main([str(benchmarks), *options, *further])
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         fail(f"-k {expression!r}: no benchmark matches")
     sys.exit(0 if status == pytest.ExitCode.OK else 2)
+
+
+def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The target, and the options of pytest-benchmark with their values."""
+    target, further = DEFAULT_TARGET, []
+    before = ""
+    for argument in arguments:
+        is_value = before.startswith("--benchmark-") and "=" not in before
+        if argument.startswith("--benchmark-") or (is_value and ":" not in argument):
+            further.append(argument)
+        elif argument.startswith("-"):
+            fail(f"there is no option {argument}; those of pytest-benchmark begin --benchmark-")
+        elif target is not DEFAULT_TARGET:
+            fail(f"{target} is one target and {argument} another; --against compares two")
+        else:
+            target = argument
+        before = argument
+    return target, further

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from rescnn_verify.bench import HOWS
+
 if TYPE_CHECKING:
     from rescnn_verify.statement import Property
     from rescnn_verify.target import Target
@@ -53,7 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bench-how",
         action="append",
-        choices=("eager", "compiled", "graph"),
+        choices=HOWS,
         help="run the model as it is, compiled, or from a CUDA graph; may be given several times",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,8 +37,8 @@ class Device(Protocol):
     def seconds(self, start: Any, stop: Any) -> float:
         """Seconds between two marks, both of them reached."""
 
-    def flush(self) -> None:
-        """Enqueues what pushes earlier data out of the device's last-level cache."""
+    def hold(self, seconds: float) -> None:
+        """Enqueues work that pushes earlier data out of the cache and takes at least so long."""
 
     def peak_memory(self, run: Callable[[], object]) -> int:
         """Most bytes that tensors held at once during a run, beyond what they held before it."""
@@ -49,7 +50,7 @@ class Device(Protocol):
 class Cpu:
     """This machine's processor: work is done when its call returns.
 
-    Nothing is flushed: the weights of a model in use are in the caches as far as they fit.
+    Nothing is pushed out of its caches: the weights of a model in use are there as far as they fit.
     """
 
     name = "cpu"
@@ -67,8 +68,8 @@ class Cpu:
     def seconds(self, start: float, stop: float) -> float:
         return stop - start
 
-    def flush(self) -> None:
-        """Nothing to flush."""
+    def hold(self, seconds: float) -> None:
+        """Nothing: work begins with its call."""
 
     def peak_memory(self, run: Callable[[], object]) -> int:
         from torch.profiler import ProfilerActivity, profile
@@ -77,8 +78,10 @@ class Cpu:
             run()
         # `profiler.events()` adds up what happens within an operation, where the peak is.
         events = profiler.profiler.kineto_results.events()
-        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        held = itertools.accumulate((size for _, size in changes), initial=0)
+        changes = sorted(
+            (e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()
+        )
+        held = itertools.accumulate((event.nbytes() for event in changes), initial=0)
         return int(max(held))
 
     def describe(self) -> str:
@@ -86,14 +89,25 @@ class Cpu:
 
 
 class Cuda:
-    """The current CUDA device; events on its stream tell when work was done."""
+    """The current CUDA device; events on its stream tell when work was done.
+
+    It is held by writing twice the size of its L2 cache, again and again.
+    """
 
     name = "cuda"
     timer = "CUDA events"
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties()
-        self._flushed = torch.empty(2 * properties.L2_cache_size, dtype=torch.int8, device="cuda")
+        self._written = torch.empty(2 * properties.L2_cache_size, dtype=torch.int8, device="cuda")
+        self._write_takes = 0.0
+        for _ in range(5):  # the first one builds the kernel; the shortest makes the longest hold
+            start = self.mark()
+            self._written.zero_()
+            stop = self.mark()
+            self.wait()
+            took = self.seconds(start, stop)
+            self._write_takes = min(took, self._write_takes or took)
 
     def now(self) -> float:
         return time.perf_counter()
@@ -109,8 +123,9 @@ class Cuda:
     def seconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
         return float(start.elapsed_time(stop)) / 1000
 
-    def flush(self) -> None:
-        self._flushed.zero_()
+    def hold(self, seconds: float) -> None:
+        for _ in range(max(1, math.ceil(seconds / self._write_takes))):
+            self._written.zero_()
 
     def peak_memory(self, run: Callable[[], object]) -> int:
         self.wait()
@@ -139,5 +154,12 @@ def tensor_floats_allowed(allowed: bool) -> Iterator[None]:
 
 
 def device_named(name: str) -> Device:
-    """The device ``"cpu"`` or ``"cuda"``; the latter must exist."""
-    return Cuda() if name == "cuda" else Cpu()
+    """The device of that name.
+
+    Raises:
+        ValueError: it is neither ``"cpu"`` nor ``"cuda"``.
+    """
+    known: dict[str, type[Device]] = {"cpu": Cpu, "cuda": Cuda}
+    if name not in known:
+        raise ValueError(f"device {name!r} is not known; allowed: {', '.join(known)}")
+    return known[name]()

@@ -7,7 +7,6 @@ storage, JSON, comparison and histograms work as for any other benchmark.
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,7 +29,7 @@ class DeviceBenchmark(Protocol):
         work: Callable[[Any], object],
         inputs: Sequence[Any],
         *,
-        device: str = "cpu",
+        device: str | None = None,
         info: Callable[[Measurement], dict[str, Any]] = lambda _: {},
     ) -> Measurement:
         """Measures work on a device and hands every round to pytest-benchmark.
@@ -38,8 +37,13 @@ class DeviceBenchmark(Protocol):
         Args:
             work: called with one of the inputs.
             inputs: taken in turn; random data of one shape.
-            device: ``"cpu"`` or ``"cuda"``; without the latter the test is skipped.
-            info: what else goes into the JSON's ``extra_info``, given what was measured.
+            device: ``"cpu"`` or ``"cuda"``; without the latter the test is skipped. Default: where
+                the inputs are, which must be tensors then.
+            info: what else goes into the JSON's ``extra_info``, given what was measured; not asked
+                for with ``--benchmark-disable``.
+
+        Raises:
+            ValueError: another device, or not the one on which the inputs are.
         """
 
 
@@ -62,14 +66,18 @@ class Recorded:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "device_benchmark" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.benchmark(timer=Recorded()), append=False)
+            own = item.get_closest_marker("benchmark")
+            options = dict(own.kwargs) if own else {}
+            item.add_marker(pytest.mark.benchmark(**options | {"timer": Recorded()}), append=False)
 
 
 @pytest.fixture
 def device_benchmark(benchmark: Any, request: pytest.FixtureRequest) -> DeviceBenchmark:
     """Times work on a device: see `DeviceBenchmark`."""
     marker = request.node.get_closest_marker("benchmark")
-    timer: Recorded = marker.kwargs["timer"]
+    timer = marker.kwargs.get("timer") if marker else None
+    if not isinstance(timer, Recorded):
+        pytest.fail("device_benchmark must be an argument of the test, or of a fixture it names")
     seconds = float(request.config.getoption("benchmark_max_time"))
     least = int(request.config.getoption("benchmark_min_rounds"))
 
@@ -77,16 +85,16 @@ def device_benchmark(benchmark: Any, request: pytest.FixtureRequest) -> DeviceBe
         work: Callable[[Any], object],
         inputs: Sequence[Any],
         *,
-        device: str = "cpu",
+        device: str | None = None,
         info: Callable[[Measurement], dict[str, Any]] = lambda _: {},
     ) -> Measurement:
         from rescnn_verify.bench.measure import measure
 
-        where = _device(device)
+        where = usable(_place(device, inputs))
         if benchmark.disabled:
-            found = measure(where, work, inputs, seconds=0.0, least=1)
-        else:
-            found = measure(where, work, inputs, seconds=seconds, least=least)
+            benchmark.pedantic(lambda: None)
+            return measure(where, work, inputs, seconds=0.0, least=1)
+        found = measure(where, work, inputs, seconds=seconds, least=least)
         timer.feed(found.seconds)
         benchmark.pedantic(lambda: None, rounds=len(found.seconds))
         benchmark.extra_info.update(described(where, found) | info(found))
@@ -104,13 +112,13 @@ def device_peaks() -> Callable[[str, str, bool], tuple[Peak, Peak]]:
     def moved(device: str) -> Peak:
         from rescnn_verify.bench.peaks import bandwidth
 
-        return bandwidth(_device(device))
+        return bandwidth(usable(device))
 
     @functools.cache
     def peaks(device: str, dtype: str, tensor_floats: bool = False) -> tuple[Peak, Peak]:
         from rescnn_verify.bench.peaks import peak_flops
 
-        return peak_flops(_device(device), dtype, tensor_floats), moved(device)
+        return peak_flops(usable(device), dtype, tensor_floats), moved(device)
 
     return peaks
 
@@ -139,24 +147,25 @@ def described(device: Device, found: Measurement) -> dict[str, Any]:
         "warm_up": found.warm_up,
         "own_cores": found.load and found.load.own,
         "other_cores": found.load and found.load.others,
-        "contended": found.load and found.load.contended,
+        "host_contended": found.load and found.load.contended,
     }
 
 
 def against_peaks(
-    found: Measurement, flops: int, moved: int, peak: Peak, memory: Peak
+    found: Measurement, flops: int | None, moved: int, peak: Peak, memory: Peak
 ) -> dict[str, Any]:
     """What a pass costs, and how near it comes to what its device was seen to do.
 
-    The floor is the larger of operations over their peak rate and bytes over theirs.
+    The floor is the larger of operations over their peak rate and bytes over theirs. Where no
+    operation is known, nothing is said about the peak.
     """
-    floor = max(flops / peak.rate, moved / memory.rate)
+    floor = max((flops or 0) / peak.rate, moved / memory.rate)
     return {
         "flops": flops,
         "bytes": moved,
         "peak": peak.rate,
         "peak_route": peak.route,
-        "percent_of_peak": 100 * flops / found.median / peak.rate,
+        "percent_of_peak": None if flops is None else 100 * flops / found.median / peak.rate,
         "bandwidth": memory.rate,
         "bandwidth_route": memory.route,
         "floor": floor,
@@ -164,7 +173,12 @@ def against_peaks(
     }
 
 
-def _device(name: str) -> Device:
+def usable(name: str) -> Device:
+    """The device of that name; skips the test if this machine has none.
+
+    Raises:
+        ValueError: as `device_named`.
+    """
     import torch
 
     from rescnn_verify.bench.devices import device_named
@@ -174,17 +188,30 @@ def _device(name: str) -> Device:
     return device_named(name)
 
 
+def _place(device: str | None, inputs: Sequence[Any]) -> str:
+    """The device that is given or on which the inputs are."""
+    import torch
+
+    places = {x.device.type for x in inputs if isinstance(x, torch.Tensor)}
+    if device is None and len(places) != 1:
+        raise ValueError("name the device: the inputs are not tensors on one")
+    if device is not None and places - {device}:
+        raise ValueError(f"device {device!r} is given, and inputs are on {', '.join(places)}")
+    return device or places.pop()
+
+
 def _note(request: pytest.FixtureRequest, info: dict[str, Any]) -> None:
     lines = request.config.stash.setdefault(_LINES, [])
     parts = [
-        f"{_seconds(info['median'])} ± {info['noise']:.1%} ({info['timer']} on {info['device']})",
+        f"{_seconds(info['median'])}, IQR {info['noise']:.1%} "
+        f"({info['timer']} on {info['device']})",
         f"enqueue {_seconds(info['enqueue'])}",
         f"latency {_seconds(info['latency'])}",
         f"memory {info['peak_memory'] / 2**20:.1f} MiB",
     ]
-    if "percent_of_peak" in info:
+    if info.get("percent_of_peak") is not None:
         parts.append(f"{info['percent_of_peak']:.0f} % of peak {info['peak'] / 1e9:.0f} GFLOP/s")
-    if info.get("contended"):
+    if info.get("host_contended"):
         parts.append(f"CONTENDED: others used {info['other_cores']:.1f} cores")
     if "against" in info:
         parts.append(str(info["against"]["text"]))
@@ -192,5 +219,7 @@ def _note(request: pytest.FixtureRequest, info: dict[str, Any]) -> None:
 
 
 def _seconds(seconds: float) -> str:
-    power = min(0, 3 * math.floor(math.log10(seconds) / 3)) if seconds > 0 else 0
-    return f"{seconds / 10.0**power:.3g} {({0: 's', -3: 'ms', -6: 'µs', -9: 'ns'}).get(power, 's')}"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"

@@ -11,19 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rescnn_verify.bench import HOWS
 from rescnn_verify.bench.cost import flops_of, least_bytes
 from rescnn_verify.bench.devices import tensor_floats_allowed
 from rescnn_verify.case import Case
 from rescnn_verify.enumeration import every_case
 from rescnn_verify.probes import normal_input
-from rescnn_verify.space import Space, SpaceError
+from rescnn_verify.space import (
+    A_CHANNEL_PER_BRANCH,
+    MORE_THAN_ONE_VALUE_TO_TRAIN,
+    Choice,
+    Space,
+    SpaceError,
+)
 from rescnn_verify.spacefile import DOCUMENTED
-from rescnn_verify.subject import compiled
+from rescnn_verify.subject import DTYPES, compiled
+from rescnn_verify.target import Target
 
-__all__ = ["HOWS", "MOST_JOBS", "Job", "Prepared", "jobs", "prepared"]
-
-#: How a model is run: as it is, by `torch.compile`, or replayed from a CUDA graph.
-HOWS = ("eager", "compiled", "graph")
+__all__ = ["MOST_JOBS", "Job", "Prepared", "jobs", "prepared"]
 
 #: A space with more cases than this is not a grid to time.
 MOST_JOBS = 500
@@ -51,13 +56,22 @@ class Job:
     tensor_floats: bool = False
 
     def __str__(self) -> str:
+        """A name that `pytest -k` can take apart."""
         case = self.case
         parts = [case.device, "tf32" if self.tensor_floats else case.dtype, case.mode]
-        parts.append("forward+backward" if self.backward else "forward")
-        parts += [] if self.how == "eager" else [self.how]
-        kernels = ",".join(map(str, case.kernel_sizes))
-        shape = f"{case.batch}x{case.channels}x{case.length}"
-        return "-".join([*parts, f"blocks={case.num_blocks}", f"kernels={kernels}", shape])
+        parts += ["forward+backward" if self.backward else "forward"]
+        parts += [self.how] if self.how != "eager" else []
+        parts += [f"{case.num_blocks}blocks", "k" + ".".join(map(str, case.kernel_sizes))]
+        parts += [f"p{case.dropout}"] if case.dropout != DOCUMENTED.dropout else []
+        parts += [case.layout] if case.layout != "contiguous" else []
+        parts += [f"{name}:{value}" for name, value in case.options]
+        return "-".join([*parts, f"{case.batch}x{case.channels}x{case.length}"])
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The job as JSON."""
+        more = {"backward": self.backward, "how": self.how, "tf32": self.tensor_floats}
+        return self.case.to_json() | more
 
 
 @dataclass(frozen=True)
@@ -65,43 +79,50 @@ class Prepared:
     """A job ready to run.
 
     Args:
-        module: the model.
         work: the pass, called with an input.
         inputs: random ones.
-        flops: operations of one pass.
+        flops: operations of one pass, None if it has none that are known.
         bytes: that one pass cannot avoid to move.
     """
 
-    module: nn.Module
     work: Work
     inputs: Sequence[Tensor]
-    flops: int
+    flops: int | None
     bytes: int
 
 
 def jobs(
-    space: Space | None, devices: Sequence[str], hows: Sequence[str] = HOWS[:1]
+    target: Target,
+    space: Space | None,
+    devices: Sequence[str],
+    hows: Sequence[str] = HOWS[:1],
 ) -> tuple[Job, ...]:
     """The grid to time: forward, and forward with backward, of every case in either mode.
 
     Args:
+        target: whose model is timed; cases that it does not promise are left out.
         space: the grid; what it leaves out is as in the default one: the documented stack on 960
             positions, a few batch sizes, and the usual dtypes of the device.
         devices: where.
         hows: some of `HOWS`.
 
     Raises:
-        SpaceError: there are too many cases.
+        SpaceError: there are no cases, or too many.
     """
     found: list[Job] = []
     for device, how, case in itertools.product(devices, hows, every_case(space or Space())):
-        for one in _on(device, case, space):
+        for one in _on(device, case, space, target):
             for job in _passes(one, how):
                 found.append(job)
                 if len(found) > MOST_JOBS:
                     raise SpaceError(
                         f"there are more than {MOST_JOBS} benchmarks; name fewer values"
                     )
+    if not found:
+        raise SpaceError(
+            "there is nothing to time: the target promises none of these cases, or a graph was "
+            "asked for without CUDA"
+        )
     return tuple(found)
 
 
@@ -113,28 +134,28 @@ def prepared(
 
     Args:
         job: the job.
-        module: the model, on the device and in the dtype.
+        module: the model, on the device, in the dtype and in the mode.
         call: runs the model on an input.
     """
     case = job.case
-    module.train(case.mode == "train")
-    count = max(2, min(INPUTS, INPUT_BYTES // max(1, normal_input(case).nbytes)))
+    size = DTYPES[case.dtype].itemsize * case.batch * int(case.channels) * case.length
+    count = max(2, min(INPUTS, INPUT_BYTES // max(1, size)))
     inputs = [normal_input(replace(case, seed=case.seed + i)) for i in range(count)]
     with tensor_floats_allowed(job.tensor_floats):
-        work = _pass(job, lambda x: call(module, x), module, inputs[0])
-        out = call(module, inputs[0])
-        cost = {
-            "flops": flops_of(lambda: work(inputs[0])),
-            "bytes": least_bytes((inputs[0], out), module, backward=job.backward),
-        }
+        with torch.no_grad():
+            v = torch.randn_like(call(module, inputs[0]))
+        plain = _pass(job, lambda x: call(module, x), module, v)
+        flops = flops_of(lambda: plain(inputs[0])) or None
+        moved = least_bytes((inputs[0], v), module, backward=job.backward)
         with compiled(module) if job.how == "compiled" else nullcontext(module) as ready:
-            run: Work = _pass(job, lambda x: call(ready, x), module, inputs[0])
-            if job.how == "graph":
-                run = _graphed(run, inputs[0])
-            yield Prepared(module, run, inputs, **cost)
+            work = _pass(job, lambda x: call(ready, x), module, v)
+            yield Prepared(
+                _graphed(work, inputs) if job.how == "graph" else work, inputs, flops, moved
+            )
 
 
-def _pass(job: Job, call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Work:
+def _pass(job: Job, call: Callable[[Tensor], Tensor], module: nn.Module, v: Tensor) -> Work:
+    """The pass of a job; ``v`` is the vector of its vector-Jacobian product."""
     if not job.backward:
 
         def forward(x: Tensor) -> Tensor:
@@ -142,8 +163,6 @@ def _pass(job: Job, call: Callable[[Tensor], Tensor], module: nn.Module, x: Tens
                 return call(x)
 
         return forward
-    with torch.no_grad():
-        v = torch.randn_like(call(x))
 
     def forward_and_backward(x: Tensor) -> None:
         torch.autograd.backward(call(x.detach().requires_grad_()), v)
@@ -152,51 +171,59 @@ def _pass(job: Job, call: Callable[[Tensor], Tensor], module: nn.Module, x: Tens
     return forward_and_backward
 
 
-def _graphed(run: Work, x: Tensor) -> Work:
-    """A pass captured once, on an input of its own that each call first copies to."""
-    own = x.clone()
+def _graphed(work: Work, inputs: Sequence[Tensor]) -> Work:
+    """A pass captured once for each input, so that a replay copies nothing."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # what is allocated on first use must not be captured
-            run(own)
+            work(inputs[0])
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run(own)
-
-    def replay(x: Tensor) -> None:
-        own.copy_(x)
-        graph.replay()
-
-    return replay
+    graphs = {}
+    pool = None
+    for x in inputs:
+        graphs[x.data_ptr()] = graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            work(x)
+        pool = graph.pool()  # outputs are dropped, so graphs may share their memory
+    return lambda x: graphs[x.data_ptr()].replay()
 
 
 def _passes(case: Case, how: str) -> Iterator[Job]:
     """The passes of a case, in float32 on CUDA without and with TF32."""
-    if how == "graph" and (case.device != "cuda" or case.mode == "train"):
-        return  # a graph is replayed as it was captured: in train mode that is a fixed mask
-    for backward in (False,) if how == "graph" else (False, True):
+    if how == "graph" and case.device != "cuda":
+        return
+    for backward in (False,) if how == "graph" else (False, True):  # only forward is captured
         yield Job(case, backward, how)
         if case.device == "cuda" and case.dtype == "float32":
             yield Job(case, backward, how, tensor_floats=True)
 
 
-def _on(device: str, case: Case, space: Space | None) -> Iterator[Case]:
+def _on(device: str, case: Case, space: Space | None, target: Target) -> Iterator[Case]:
     """A case on a device, with the default grid's values for what the space leaves out."""
+    cuda = device == "cuda"
     named = {name for name, _ in space.factors} if space else set()
     grid: dict[str, tuple[Any, ...]] = {
-        "batch": (1, 8, 64) if device == "cuda" else (1, 2, 4),
+        "batch": (1, 8, 64) if cuda else (1, 2, 4),
         "length": (960,),
-        "dtype": ("float32", "bfloat16", "float16")
-        if device == "cuda"
-        else ("float32", "bfloat16"),
+        "dtype": ("float32", "bfloat16", "float16") if cuda else ("float32", "bfloat16"),
         "mode": ("eval", "train"),
         "channels": (DOCUMENTED.channels,),
-        "num_blocks": (DOCUMENTED.num_blocks,),
+        "num_blocks": (1 if target.kind == "block" else DOCUMENTED.num_blocks,),
         "kernel_sizes": (DOCUMENTED.kernel_sizes,),
         "dropout": (DOCUMENTED.dropout,),
     }
     free = {name: values for name, values in grid.items() if name not in named}
+    promised = _promised(target)
     for values in itertools.product(*free.values()):
-        yield replace(case, device=device, **dict(zip(free, values, strict=True)))
+        one = replace(case, device=device, **dict(zip(free, values, strict=True)))
+        if one in promised:
+            yield one
+
+
+def _promised(target: Target) -> Space:
+    """What may be timed: what follows the contract promises every configuration."""
+    always = Space(where=(A_CHANNEL_PER_BRANCH, MORE_THAN_ONE_VALUE_TO_TRAIN))
+    if not target.follows_contract:
+        return always * target.space
+    return always.narrow(num_blocks=Choice(1)) if target.kind == "block" else always

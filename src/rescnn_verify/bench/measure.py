@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from rescnn_verify.bench.devices import Device
 from rescnn_verify.bench.load import Load, loads
 
-__all__ = ["Measurement", "measure", "warm_up"]
+__all__ = [
+    "HEAD_START",
+    "Measurement",
+    "Single",
+    "in_turn",
+    "measure",
+    "no_collection",
+    "timed",
+    "warm_up",
+]
 
-#: Rounds that are enqueued before the device is waited for: fewer than a stream holds (1024
-#: launches), so that enqueuing does not have to wait for the device.
+#: Rounds that are enqueued before the device is waited for.
 BATCH = 64
+
+#: For how many times as long as a round takes to enqueue the device is held before it, so that all
+#: of the round is enqueued when the device comes to it.
+HEAD_START = 1.5
 
 T = TypeVar("T")
 
@@ -27,8 +41,8 @@ class Measurement:
     Args:
         device, timer: where, and what told the time.
         seconds: device time of each round, from its first operation to the end of its last.
-        enqueue: host seconds for which each round's call kept its caller.
-        latency: host seconds from the call to its result, one round at a time.
+        enqueue: host seconds for which a call kept its caller, the device idle before.
+        latency: host seconds from a call to its result, the device idle before.
         peak_memory: bytes that its tensors held at most, in a round of its own.
         warm_up: rounds before the first one that counts.
         load: what else ran on the machine, None if that is not known.
@@ -57,6 +71,13 @@ class Measurement:
         return (high - low) / self.median
 
 
+class Single(NamedTuple):
+    """One round on an idle device: host seconds until its call returned, and until it was done."""
+
+    enqueue: float
+    latency: float
+
+
 def measure(
     device: Device,
     work: Callable[[T], object],
@@ -68,11 +89,9 @@ def measure(
 ) -> Measurement:
     """Measures work on a device.
 
-    Rounds are enqueued in batches, each round between two marks and behind a flush of the cache,
-    and the device is waited for once for each batch: what is reported is the work, not the wait.
-    On an asynchronous device the first mark is reached only when all before it is done, so a round
-    that the device finishes sooner than the host can enqueue it is measured as what the host
-    needs, and `Measurement.enqueue` shows that.
+    Rounds are enqueued in batches, each between two marks, and the device is waited for once for
+    each batch: what is reported is the work, not the wait. Before each round the device is held
+    until all of the round must be enqueued: what is reported is not the pace of the host, either.
 
     Args:
         device: where.
@@ -81,58 +100,95 @@ def measure(
             cost less power and time on real devices.
         seconds: about how long to measure.
         most, least: bounds on the number of rounds.
+
+    Raises:
+        ValueError: there are no inputs.
     """
-    supply = itertools.cycle(inputs)
-    one, before = warm_up(device, work, supply)
+    supply = in_turn(inputs)
+    before = warm_up(device, work, supply)
+    one = statistics.median(single.latency for single in before[-3:])
+    enqueue = max(single.enqueue for single in before[-3:])
     rounds = max(least, min(most, round(seconds / max(one, 1e-9))))
     times: list[float] = []
-    enqueue: list[float] = []
-    with loads() as load:
+    with loads() as load, no_collection():
         while len(times) < rounds:
-            marks = []
-            for _ in range(min(BATCH, rounds - len(times))):
-                data = next(supply)
-                device.flush()
-                start = device.mark()
-                called = device.now()
-                work(data)
-                enqueue.append(device.now() - called)
-                marks.append((start, device.mark()))
-            device.wait()
-            times += [device.seconds(start, stop) for start, stop in marks]
-        latency = [_latency(device, work, next(supply)) for _ in range(least)]
-    data = next(supply)
+            count = min(BATCH, rounds - len(times))
+            data = [next(supply) for _ in range(count)]
+            times += timed(device, work, data, hold=HEAD_START * enqueue)
+        singles = [_single(device, work, next(supply)) for _ in range(least)]
+    one_more = next(supply)
     return Measurement(
         device.name,
         device.timer,
         tuple(times),
-        tuple(enqueue),
-        tuple(latency),
-        device.peak_memory(lambda: work(data)),
-        before,
+        tuple(single.enqueue for single in singles),
+        tuple(single.latency for single in singles),
+        device.peak_memory(lambda: work(one_more)),
+        len(before),
         load(),
     )
 
 
-def warm_up(
-    device: Device, work: Callable[[T], object], supply: itertools.cycle[T], *, seconds: float = 0.3
-) -> tuple[float, int]:
-    """Runs work until the kernels are built and the clocks are up.
+def timed(
+    device: Device, work: Callable[[T], object], inputs: Sequence[T], *, hold: float
+) -> list[float]:
+    """Device seconds of a round for each input, enqueued together.
 
-    Returns:
-        About how many seconds a round takes, and how many were run.
+    Args:
+        device: where.
+        work: called with one of the inputs.
+        inputs: of the rounds.
+        hold: seconds for which the device is held before each round.
     """
-    rounds, began = 0, device.now()
-    while True:
-        last = _latency(device, work, next(supply))
-        rounds += 1
-        if rounds >= 3 and device.now() - began > seconds:
-            return last, rounds
+    marks = []
+    for data in inputs:
+        device.hold(hold)
+        start = device.mark()
+        work(data)
+        marks.append((start, device.mark()))
+    device.wait()
+    return [device.seconds(start, stop) for start, stop in marks]
 
 
-def _latency(device: Device, work: Callable[[T], object], data: T) -> float:
+def in_turn(inputs: Sequence[T]) -> Iterator[T]:
+    """The inputs again and again.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not inputs:
+        raise ValueError("inputs must hold at least one input for the work, got none")
+    return itertools.cycle(inputs)
+
+
+def warm_up(
+    device: Device, work: Callable[[T], object], supply: Iterator[T], *, seconds: float = 0.3
+) -> list[Single]:
+    """Runs work until the kernels are built and the clocks are up: three rounds at least."""
+    rounds: list[Single] = []
+    began = device.now()
+    while len(rounds) < 3 or device.now() - began < seconds:
+        rounds.append(_single(device, work, next(supply)))
+    return rounds
+
+
+def _single(device: Device, work: Callable[[T], object], data: T) -> Single:
     device.wait()
     start = device.now()
     work(data)
+    called = device.now()
     device.wait()
-    return device.now() - start
+    return Single(called - start, device.now() - start)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage is collected while something is timed."""
+    before = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()

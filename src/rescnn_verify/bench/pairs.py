@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from rescnn_verify.bench.devices import Device
-from rescnn_verify.bench.measure import warm_up
+from rescnn_verify.bench.measure import HEAD_START, in_turn, no_collection, timed, warm_up
 
 __all__ = ["AMBIGUOUS", "FASTER", "MARGIN", "SAME", "SLOWER", "Pairs", "interleaved", "judged"]
 
@@ -58,13 +56,13 @@ def interleaved(
     *,
     seconds: float = 4.0,
     least: int = 40,
-    seed: int = 0,
 ) -> Pairs:
-    """Compares two pieces of work on the same inputs.
+    """Compares two pieces of work on the same inputs, measured as `measure` does.
 
-    They are measured in turn, the order within each pair random, so that what changes slowly
-    (clocks, temperature, other users) changes both alike. Short ones are repeated within a
-    measurement until it takes a millisecond.
+    They are measured in turn: first, second, second, first. The ratio of a pair is the geometric
+    mean of the ratios of both halves, so that what changes steadily (clocks, temperature) and what
+    the second of two finds in the caches cancel. Short ones are repeated within a measurement until
+    it takes a millisecond.
 
     Args:
         device: where.
@@ -72,20 +70,25 @@ def interleaved(
         inputs: taken in turn.
         seconds: about how long to measure both together.
         least: pairs at least.
-        seed: of the order.
+
+    Raises:
+        ValueError: there are no inputs.
     """
-    supply = itertools.cycle(inputs)
-    one = min(warm_up(device, work, supply)[0] for work in (first, second))
-    repeats = max(1, math.ceil(1e-3 / max(one, 1e-9)))
-    count = max(least, min(1000, round(seconds / (2 * repeats * max(one, 1e-9)))))
-    order = random.Random(seed)
+    supply = in_turn(inputs)
+    works = (first, second)
+    before = [warm_up(device, work, supply)[-3:] for work in works]
+    takes = [statistics.median(single.latency for single in singles) for singles in before]
+    holds = [HEAD_START * max(single.enqueue for single in singles) for singles in before]
+    repeats = max(1, math.ceil(1e-3 / max(min(takes), 1e-9)))
+    count = max(least, min(1000, round(seconds / (2 * repeats * max(sum(takes), 1e-9)))))
     ratios = []
-    for _ in range(count):
-        data = next(supply)
-        times = {}
-        for turn in order.sample((0, 1), 2):
-            times[turn] = _seconds(device, (first, second)[turn], data, repeats)
-        ratios.append(times[0] / times[1])
+    with no_collection():
+        for _ in range(count):
+            data = [next(supply) for _ in range(repeats)]
+            a, b, c, d = (
+                sum(timed(device, works[turn], data, hold=holds[turn])) for turn in (0, 1, 1, 0)
+            )
+            ratios.append(math.sqrt(a / b * d / c))
     return judged(ratios)
 
 
@@ -93,9 +96,9 @@ def judged(ratios: Sequence[float], *, margin: float = MARGIN, alpha: float = AL
     """What the ratios of pairs say.
 
     The interval is that of the sign test: between order statistics k and n + 1 − k of n the median
-    lies unless fewer than k of n fair coins fall on one side, whatever the distribution. The first
-    one is called faster or slower only if the whole interval is beyond the margin, and the same
-    only if all of it is within.
+    lies unless fewer than k of n fair coins fall on one side, whatever the distribution of
+    independent pairs. The first one is called faster or slower only if the whole interval is beyond
+    the margin, and the same only if all of it is within.
 
     Args:
         ratios: the first one's time over the second one's, pair by pair.
@@ -117,13 +120,3 @@ def judged(ratios: Sequence[float], *, margin: float = MARGIN, alpha: float = AL
     else:
         verdict = AMBIGUOUS
     return Pairs(statistics.median(ordered), low, high, n, verdict)
-
-
-def _seconds(device: Device, work: Callable[[T], object], data: T, repeats: int) -> float:
-    device.flush()
-    start = device.mark()
-    for _ in range(repeats):
-        work(data)
-    stop = device.mark()
-    device.wait()
-    return device.seconds(start, stop)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from rescnn_verify.bench.cost import flops_of
 from rescnn_verify.bench.devices import Device, tensor_floats_allowed
-from rescnn_verify.bench.measure import warm_up
+from rescnn_verify.bench.measure import HEAD_START, in_turn, timed, warm_up
 from rescnn_verify.subject import DTYPES
 
 __all__ = ["Peak", "bandwidth", "peak_flops"]
@@ -90,11 +89,6 @@ def _best(device: Device, routes: Iterator[tuple[str, int, Callable[[], Tensor]]
 
 def _quickest(device: Device, run: Callable[[], Tensor]) -> float:
     """The shortest device time of a few runs: a peak is not an average."""
-    warm_up(device, lambda _: run(), itertools.cycle([None]), seconds=0.1)
-    marks = []
-    for _ in range(5):
-        start = device.mark()
-        run()
-        marks.append((start, device.mark()))
-    device.wait()
-    return min(device.seconds(start, stop) for start, stop in marks)
+    before = warm_up(device, lambda _: run(), in_turn([None]), seconds=0.1)
+    hold = HEAD_START * max(single.enqueue for single in before[-3:])
+    return min(timed(device, lambda _: run(), [None] * 5, hold=hold))
