@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from rescnn_verify.case import Case
 from rescnn_verify.cli import main
+from rescnn_verify.witness import Witness
 
 ROOT = Path(__file__).resolve().parents[1]
 WRONG = f"{ROOT / 'tests' / 'zoo' / 'split.py'}:RemainderToFirst"
@@ -178,6 +180,58 @@ def test_a_witness_that_cannot_be_run_is_not_reproduced(name, fields, said, tmp_
     witness |= {"before": [], "what": "", "expected": "", "got": ""}
     (tmp_path / "w.json").write_text(json.dumps(witness))
     assert said in one_line_error(["replay", "w.json"], tmp_path, monkeypatch)
+
+
+def replayed(folder, monkeypatch, *arguments, **fields):
+    """Replays a witness of the target that gives its width to the first branch."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    case = Case(channels=3, kernel_sizes=(3, 5), num_blocks=1)
+    trial = (replace(case, **fields),)
+    what, got = "branch widths of block 0", "(2, 1)"
+    witness = Witness("split.widths_sum_to_channels", WRONG, trial, what, "(1, 2)", got)
+    witness.write(folder / "witnesses")
+    return CliRunner().invoke(main, ["replay", *arguments, "witnesses"], catch_exceptions=False)
+
+
+def test_a_case_that_the_target_does_not_promise_is_not_reproduced(tmp_path, monkeypatch):
+    block = "rescnn:ResCNNBlock"
+    result = replayed(tmp_path / "two", monkeypatch, "--target", block, num_blocks=2)
+    assert result.exit_code == 2
+    assert f"{block} does not promise channels=3" in result.output
+    assert replayed(tmp_path / "one", monkeypatch, "--target", block).exit_code == 0
+
+
+def test_a_failure_of_another_kind_is_shown_as_one(tmp_path, monkeypatch):
+    same = replayed(tmp_path / "same", monkeypatch)
+    assert same.exit_code == 1
+    assert "in another way" not in same.output
+    zoo = f"{ROOT / 'tests' / 'zoo' / 'split.py'}:RoundedUp"
+    arguments = ("--target", zoo)
+    other = replayed(
+        tmp_path / "other", monkeypatch, *arguments, channels=1, kernel_sizes=(3, 5, 7)
+    )
+    assert other.exit_code == 1
+    assert "it failed in another way then: branch widths of block 0, got (2, 1)" in other.output
+
+
+def test_an_id_names_one_witness(tmp_path, monkeypatch):
+    """Two properties that fail for the same smallest case have two."""
+    monkeypatch.chdir(tmp_path)
+    one = Witness("split.widths_sum_to_channels", "a:A", (Case(),), "w", "e", "g")
+    two = replace(one, name="split.widths_are_even")
+    ids = {witness.filename.rpartition("-")[2] for witness in (one, two)}
+    assert len(ids) == 2
+    for witness in (one, two, replace(one, name="split.widths_sum")):
+        witness.write(tmp_path / "witnesses")
+    assert "is no file, no folder and no ID" in one_line_error(
+        ["replay", "0000000000"], tmp_path, monkeypatch
+    )
+    (tmp_path / "witnesses" / f"copy-{one.filename}").write_text("{}")
+    line = one_line_error(
+        ["replay", one.filename.rpartition("-")[2].removesuffix(".json")], tmp_path, monkeypatch
+    )
+    assert "is the ID of several witnesses; name one: witnesses/copy-" in line
 
 
 @pytest.mark.parametrize(

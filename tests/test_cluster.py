@@ -16,6 +16,7 @@ from rescnn_verify import cluster, unit
 from rescnn_verify.alone import hanging
 from rescnn_verify.cluster import Cluster, ClusterError
 from rescnn_verify.engine import Search
+from rescnn_verify.outcome import NOTHING_ASSERTED, UNFINISHED
 from tests.test_cli import ROOT
 from tests.test_fuzz import FIELD, SHAPE, STACK, TWO, WIDTHS, in_process, properties_of, target_in
 from tests.test_sweep import SLOW, arguments_of, lines_of, sweep_whole, totals_of
@@ -183,6 +184,21 @@ def test_a_unit_without_a_journal_says_nothing_about_how_long_it_has_been_runnin
     monkeypatch.chdir(tmp_path)
     os.utime(tmp_path, (0, 0))
     assert hanging(unit.Unit(WIDTHS, STACK, Search()), 15.0) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "verdict"), [(2, None), (8, NOTHING_ASSERTED), (40, UNFINISHED)]
+)
+def test_for_how_long_the_last_case_has_been_running_is_said_if_it_is_long(
+    tmp_path, seconds, verdict
+):
+    journal = tmp_path / "journal"
+    journal.write_text("")
+    began = time.time() - seconds
+    os.utime(journal, (began, began))
+    found = hanging(unit.Unit(WIDTHS, STACK, Search(), journal=str(journal)), 30.0)
+    assert (found and found.verdict) == verdict
+    assert verdict is None or f"had been running for {seconds} s" in found.reason
 
 
 @pytest.mark.filterwarnings("ignore:Port .* is already in use")

@@ -104,6 +104,11 @@ def test_of_two_counterexamples_the_first_is_kept():
     assert merged([second, outcome(), first]).what == "5"
 
 
+def test_why_nothing_was_asserted_is_known_best_at_the_end():
+    parts = [outcome(NOTHING_ASSERTED, reason=reason) for reason in ("not begun", "ran for 9 s")]
+    assert merged(parts).reason == "ran for 9 s"
+
+
 def test_one_outcome_stays_as_it_is():
     for one in some(5):
         assert merged([one]) == one

@@ -72,9 +72,9 @@ def fuzzed(folder, target, *arguments, expression="shape_dtype", seconds="30s"):
 GOOD = f'property = "{WIDTHS}"\nwitness = "good.json"\nreason = "a bug"\n'
 
 MISTAKES = {
-    "no property": ('witness = "good.json"\nreason = "x"', ["property = None"]),
-    "no witness": (f'property = "{WIDTHS}"\nreason = "x"', ["witness = None"]),
-    "no reason": (f'property = "{WIDTHS}"\nwitness = "good.json"', ["reason = None"]),
+    "no property": ('witness = "good.json"\nreason = "x"', ["property is missing"]),
+    "no witness": (f'property = "{WIDTHS}"\nreason = "x"', ["witness is missing"]),
+    "no reason": (f'property = "{WIDTHS}"\nwitness = "good.json"', ["reason is missing"]),
     "an empty reason": (GOOD.replace("a bug", " "), ["reason = ' '"]),
     "a reason of another type": (GOOD.replace('"a bug"', "5"), ["reason = 5"]),
     "a property of another type": (GOOD.replace(f'"{WIDTHS}"', "[1]"), ["property = [1]"]),
@@ -151,7 +151,7 @@ def test_a_mistake_in_the_file_ends_a_run_with_one_line_before_anything_runs(tmp
     result = in_process("fuzz", "-k", "shape_dtype", "--known", tmp_path / "known.toml")
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    assert line == f"error: {tmp_path / 'known.toml'}, entry 1: property = None must be a text"
+    assert line == f"error: {tmp_path / 'known.toml'}, entry 1: property is missing"
 
 
 def test_what_is_written_is_read(folder):

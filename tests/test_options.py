@@ -229,9 +229,11 @@ OTHERS = (
 )
 
 
-def conclude(outcomes, witnesses, json_file=None, junit_file=None, complaints=()):
+def conclude(outcomes, witnesses, json_file=None, junit_file=None, complaints=(), cut_short=""):
     """Ends a command that came to these outcomes."""
-    run = Run("title", "t:x", ("cpu",), "seed 1", len(outcomes), outcomes, 1.0, {}, complaints)
+    run = Run(
+        "title", "t:x", ("cpu",), "seed 1", len(outcomes), outcomes, 1.0, {}, complaints, cut_short
+    )
     written = options.Witnesses(run.target, witnesses)
     for outcome in outcomes:
         written.add(outcome)
@@ -293,6 +295,22 @@ def test_junit_counts_what_it_holds(complaints, tmp_path):
     assert counts["tests"] == 4 + len(complaints)
     assert counts["failures"] == 1 + len(complaints)
     assert counts["errors"] == counts["skipped"] == 1
+
+
+def test_a_run_that_did_not_come_to_its_end_has_not_held(tmp_path, capsys):
+    data, junit = tmp_path / "o.json", tmp_path / "j.xml"
+    conclude(OTHERS[:1], tmp_path / "w", data, junit, cut_short="interrupted")
+    assert "could not run: 1 held" in capsys.readouterr().out
+    entry = json.loads(data.read_text())
+    assert (entry["verdict"], entry["cut short"]) == ("could not run", "interrupted")
+    suite = ElementTree.parse(junit).getroot()
+    assert (suite.get("tests"), suite.get("errors")) == ("2", "1")
+    assert suite.find("testcase/error").get("message") == "interrupted"
+
+
+def test_what_was_falsified_before_the_end_is_falsified(tmp_path):
+    conclude((FOUND,), tmp_path / "w", tmp_path / "o.json", cut_short="interrupted")
+    assert json.loads((tmp_path / "o.json").read_text())["verdict"] == "falsified"
 
 
 @pytest.mark.parametrize("name", ["o.json", "folder/o.json"])

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -30,6 +33,21 @@ def test_the_bundled_model_passes_and_the_header_names_it():
     result = pytest_run("properties/split.py", "--verify-profile", "quick")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "target: rescnn:ResCNNStack" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target", "gone.py:Half"], "ERROR: --target: there is no file gone.py"),
+        (["--verify-require-cuda"], "ERROR: --verify-require-cuda: no CUDA device"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_mistake_is_said_once(arguments, said):
+    result = pytest_run("properties", *arguments)
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert (result.stdout + result.stderr).count("ERROR") == 1
+    assert said in result.stderr
 
 
 def test_a_wrong_implementation_fails_with_its_counterexample():

@@ -17,7 +17,14 @@ from rescnn_verify.case import Case
 from rescnn_verify.compare import Falsified
 from rescnn_verify.engine import Search
 from rescnn_verify.journal import last_entry
-from rescnn_verify.outcome import FALSIFIED, HELD, PROCESS, UNFINISHED, Outcome
+from rescnn_verify.outcome import (
+    FALSIFIED,
+    HELD,
+    NOTHING_ASSERTED,
+    PROCESS,
+    UNFINISHED,
+    Outcome,
+)
 from rescnn_verify.shrinking import shrink
 from rescnn_verify.space import Choice, SpaceError
 from rescnn_verify.statement import find_property
@@ -36,6 +43,9 @@ __all__ = [
 
 #: Seconds after which a case is a hang, where nothing else is said.
 CASE_TIMEOUT = 60.0
+
+#: Seconds for which a case has been running that are worth a word when the time is up.
+NOTED = 5.0
 
 #: Seconds that a process may need to start and to say how it ended, besides its cases.
 OVERHEAD = 20.0
@@ -165,20 +175,25 @@ def unfinished(unit: Unit, reason: str) -> Outcome:
 
 
 def hanging(unit: Unit, seconds: float) -> Outcome | None:
-    """An unfinished outcome if a unit's last case has been running for so many seconds."""
+    """An outcome that says for how long a unit's last case has been running, if for long.
+
+    Unfinished after so many seconds: it may hang. Sooner, it says why nothing was asserted, and
+    counts for nothing if something was.
+    """
     if not unit.journal:
         return None
     try:
         age = time.time() - Path(unit.journal).stat().st_mtime
     except OSError:
         return None
-    if age < seconds:
+    if age < min(seconds, NOTED):
         return None
-    return unfinished(
+    outcome = unfinished(
         unit,
         f"its last case had been running for {age:.0f} s when the time was up; give it more time, "
         "or a shorter --case-timeout",
     )
+    return outcome if age >= seconds else replace(outcome, verdict=NOTHING_ASSERTED)
 
 
 def post_mortem(unit: Unit, until: float) -> Outcome | None:

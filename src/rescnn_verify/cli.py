@@ -188,6 +188,7 @@ def replay(
     from rescnn_verify import report
     from rescnn_verify.alone import replay_alone
     from rescnn_verify.case import CaseError
+    from rescnn_verify.outcome import signature
     from rescnn_verify.statement import PropertyError
     from rescnn_verify.target import TargetError
     from rescnn_verify.witness import Witness, WitnessError, find_witnesses
@@ -229,6 +230,9 @@ def replay(
             continue
         reproduced += 1
         console.print(f"[bold red]reproduced[/]: {name}", soft_wrap=True, highlight=False)
+        if signature(falsified.what, falsified.got) != signature(witness.what, witness.got):
+            before = f"it failed in another way then: {witness.what}, got {witness.got}"
+            console.print(f"  {escape(before)}", soft_wrap=True, highlight=False)
         seen = replace(witness, what=falsified.what, expected=falsified.expected, got=falsified.got)
         report.print_witness(console, seen, None, lines=False)
     sys.exit(1 if reproduced else 2 if could_not else 0)

@@ -205,6 +205,7 @@ def fuzz(
         time.monotonic() - start,
         {"seed": seed, "shard": f"{shard[0] + 1}/{shard[1]}", "max_time": max_time},
         tuple(complaints),
+        "interrupted" if interrupt.at < math.inf else "",
     )
     conclude(run, found, json_file, junit_file)
     if interrupt.at < math.inf and run.verdict != FALSIFIED:
@@ -269,6 +270,7 @@ def sweep(
     A run that was ended, in whatever way, is resumed by the same command.
     """
     writable(json_file, "--json")
+    writable(state, "--state")
     start = time.monotonic()
     with _crew(count or default_count(device), scheduler) as crew:
         from rescnn_verify import report
@@ -310,6 +312,7 @@ def sweep(
         tuple(work.outcomes),
         time.monotonic() - start,
         {"space": plan.bounded["space"], "shard": f"{shard[0] + 1}/{shard[1]}", "resumed": resumed},
+        cut_short=problem or ("interrupted" if interrupt.at < math.inf else ""),
     )
     conclude(run, found, json_file, None)
     if interrupt.at < math.inf and run.verdict != FALSIFIED:

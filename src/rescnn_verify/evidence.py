@@ -45,7 +45,8 @@ def merged(outcomes: Iterable[Outcome]) -> Outcome:
 
 
 def _both(a: Outcome, b: Outcome) -> Outcome:
-    telling = b if _WEIGHT.index(b.verdict) > _WEIGHT.index(a.verdict) else a
+    more = _WEIGHT.index(b.verdict) > _WEIGHT.index(a.verdict)
+    telling = b if more or a.verdict == NOTHING_ASSERTED else a  # the last one knows best why
     ratios = [ratio for ratio in (a.worst_ratio, b.worst_ratio) if ratio is not None]
     configs = a.configs | b.configs
     return replace(

@@ -223,7 +223,7 @@ def _lane(plan: FuzzPlan, name: str, device: str, rank: int) -> _Lane:
         smallest = itertools.islice(smallest_first(space, seed=plan.seed), index, None, count)
         first = (trial for trial in plan.first.get(name, ()) if all(_fits(c, space) for c in trial))
     nothing = Outcome(
-        name, NOTHING_ASSERTED, prop.evidence, device, reason="the time was up before it ran"
+        name, NOTHING_ASSERTED, prop.evidence, device, reason="the run ended before it ran"
     )
     return _Lane(name, device, smallest, first, nothing, promise=-float(rank))
 

@@ -80,7 +80,10 @@ def _entry(path: Path, number: int, entry: Any) -> KnownFailure:
         raise KnownError(f"{where}: there is no key {unknown[0]!r}; allowed: {', '.join(_ALLOWED)}")
     for key in _REQUIRED:
         if not isinstance(entry.get(key), str) or not entry[key].strip():
-            raise KnownError(f"{where}: {key} = {entry.get(key)!r} must be a text")
+            wrong = (
+                f"{key} = {entry[key]!r} must be a text" if key in entry else f"{key} is missing"
+            )
+            raise KnownError(f"{where}: {wrong}")
     look_again = entry.get("look_again")
     if look_again is not None and type(look_again) is not date:
         raise KnownError(f"{where}: look_again = {look_again!r} must be a date such as 2030-01-31")

@@ -60,7 +60,7 @@ class _Duration(click.ParamType):  # type: ignore[type-arg]
             hours, minutes, rest = (float(parts[unit] or 0) for unit in "hms")
             seconds = 3600 * hours + 60 * minutes + rest
         if seconds <= 0:
-            self.fail(f"{value!r} is not a duration; write 90s, 10m or 1h30m", param, ctx)
+            self.fail(f"{value!r} is not a duration above 0; write 90s, 10m or 1h30m", param, ctx)
         return seconds
 
 

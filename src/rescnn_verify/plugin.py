@@ -82,6 +82,11 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
     return PropertyFile.from_parent(parent, path=file_path)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if mistake := session.config.stash.get(_MISTAKE, None):  # said once, not for every file
+        raise pytest.UsageError(mistake)
+
+
 class PropertyFile(pytest.File):
     """A module of the properties folder."""
 
@@ -95,9 +100,11 @@ class PropertyFile(pytest.File):
         try:
             _target(self.config)
         except TargetError as error:
-            pytest.exit(f"--target: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+            self.config.stash[_MISTAKE] = f"--target: {error}"
+            return
         if self.config.getoption("--verify-require-cuda") and not torch.cuda.is_available():
-            pytest.exit("--verify-require-cuda: no CUDA device", pytest.ExitCode.USAGE_ERROR)
+            self.config.stash[_MISTAKE] = "--verify-require-cuda: no CUDA device"
+            return
 
         properties = tuple(p.name for p in all_properties() if p.family == self.path.stem)
         chosen = self.config.getoption("--verify-device")
@@ -169,6 +176,7 @@ class _NotHeld(AssertionError):
 
 
 _TARGET = pytest.StashKey["Target"]()
+_MISTAKE = pytest.StashKey[str]()
 
 
 def _target(config: pytest.Config) -> Target:

@@ -75,6 +75,7 @@ class Run:
         facts: the setting, for the JSON form.
         complaints: what else is wrong, such as a known failure that is none any more; each fails
             the run.
+        cut_short: why it ended before its end, if it did.
     """
 
     title: str
@@ -86,6 +87,7 @@ class Run:
     seconds: float
     facts: Mapping[str, Any]
     complaints: tuple[str, ...] = ()
+    cut_short: str = ""
 
     @property
     def verdict(self) -> str:
@@ -93,7 +95,7 @@ class Run:
         verdicts = {outcome.verdict for outcome in self.outcomes}
         if FALSIFIED in verdicts or self.complaints:
             return FALSIFIED
-        if len(self.outcomes) < self.planned:
+        if len(self.outcomes) < self.planned or self.cut_short:
             return COULD_NOT_RUN
         return HELD if verdicts & {HELD, KNOWN} and verdicts <= QUIET else COULD_NOT_RUN
 
@@ -149,6 +151,7 @@ def json_text(run: Run, witnesses: Written) -> str:
         **run.facts,
         "seconds": round(run.seconds, 3),
         "complaints": list(run.complaints),
+        "cut short": run.cut_short or None,
         "environment": environment_of(run.devices),
         "properties": [
             _outcome_json(o, run.target, _file(o, run.target, witnesses)) for o in run.outcomes
@@ -162,9 +165,11 @@ def junit_text(run: Run, witnesses: Written) -> str:
     suite = ElementTree.Element(
         "testsuite",
         name=run.title,
-        tests=str(len(run.outcomes) + len(run.complaints)),
+        tests=str(len(run.outcomes) + len(run.complaints) + bool(run.cut_short)),
         failures=str(sum(o.verdict == FALSIFIED for o in run.outcomes) + len(run.complaints)),
-        errors=str(sum(o.verdict not in (FALSIFIED, *QUIET) for o in run.outcomes)),
+        errors=str(
+            sum(o.verdict not in (FALSIFIED, *QUIET) for o in run.outcomes) + bool(run.cut_short)
+        ),
         skipped=str(sum(o.verdict in (NOT_APPLICABLE, NOT_RUN) for o in run.outcomes)),
         time=f"{run.seconds:.3f}",
     )
@@ -188,6 +193,9 @@ def junit_text(run: Run, witnesses: Written) -> str:
     for complaint in run.complaints:
         case = ElementTree.SubElement(suite, "testcase", classname="known", name="known failures")
         ElementTree.SubElement(case, "failure", message=_xml(complaint))
+    if run.cut_short:
+        case = ElementTree.SubElement(suite, "testcase", classname="run", name="to its end")
+        ElementTree.SubElement(case, "error", message=_xml(run.cut_short))
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
@@ -236,7 +244,7 @@ def print_report(console: Console, run: Run, witnesses: Written) -> None:
     """The table of properties, every falsification, and the verdict."""
     table = Table(title=escape(run.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("property", no_wrap=True)
-    table.add_column("verdict")
+    table.add_column("verdict", no_wrap=True)
     table.add_column("evidence", overflow="fold")
     details = console.width >= WIDE
     headings = ("cases", "assertions", *(DETAILS if details else ()), "s")
@@ -338,8 +346,9 @@ def _summary(run: Run) -> str:
     cases = sum(outcome.cases for outcome in run.outcomes)
     assertions = sum(outcome.assertions for outcome in run.outcomes)
     style = STYLES.get(run.verdict, "bold yellow")
+    word = run.verdict if FALSIFIED in counts or not run.complaints else "failed, as said above"
     return (
-        f"\n[{style}]{run.verdict}[/]: {parts}; {cases} cases, {assertions} assertions, "
+        f"\n[{style}]{word}[/]: {parts}; {cases} cases, {assertions} assertions, "
         f"{run.seconds:.1f} s ({run.setting}, {' and '.join(run.devices)})"
     )
 

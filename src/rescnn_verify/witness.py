@@ -19,9 +19,10 @@ from rescnn_verify import __version__
 from rescnn_verify.case import Case, CaseError
 from rescnn_verify.compare import Falsified, NotApplicable
 from rescnn_verify.files import write_whole
+from rescnn_verify.space import Space
 from rescnn_verify.statement import find_property
 from rescnn_verify.subject import environment
-from rescnn_verify.target import load
+from rescnn_verify.target import Target, load
 from rescnn_verify.trial import run_trial
 
 __all__ = ["Witness", "WitnessError", "find_witnesses", "replay", "reproduce", "versions"]
@@ -74,7 +75,7 @@ class Witness:
 
     @property
     def filename(self) -> str:
-        text = self.target + "".join(case.dumps() for case in self.trial)
+        text = self.name + self.target + "".join(case.dumps() for case in self.trial)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
 
     def write(self, folder: Path) -> Path:
@@ -151,6 +152,9 @@ def reproduce(name: str, target: str, *cases: Mapping[str, Any]) -> None:
     trial = tuple(Case.from_json(case) for case in cases)
     if missing := prop.missing(loaded):
         raise WitnessError(f"{name} does not apply to {target}: {missing}")
+    for case in trial:
+        if not _promised(loaded, case):
+            raise WitnessError(f"{target} does not promise {case}")
     if any(case.device == "cuda" for case in trial) and not torch.cuda.is_available():
         raise WitnessError(f"{name}: the case needs a CUDA device, and there is none")
     try:
@@ -158,6 +162,14 @@ def reproduce(name: str, target: str, *cases: Mapping[str, Any]) -> None:
             run_trial(prop, loaded, trial)
     except NotApplicable as reason:
         raise WitnessError(f"{name} does not apply to {target}: {reason}") from reason
+
+
+def _promised(target: Target, case: Case) -> bool:
+    """Whether a case is one of a target; what follows the contract promises all of its kind."""
+    if target.follows_contract:
+        return target.kind != "block" or case.num_blocks == 1
+    own = {name: f for name, f in target.space.factors if name != "device"}
+    return case in Space(own, where=target.space.where)
 
 
 def find_witnesses(place: str, folder: Path) -> list[Path]:
@@ -179,8 +191,11 @@ def find_witnesses(place: str, folder: Path) -> list[Path]:
         paths = [path]
     else:
         paths = sorted(folder.glob(f"*-{glob.escape(place)}*.json"))
-        if len(paths) != 1:
-            raise WitnessError(f"{place}: no such file, and {len(paths)} of this ID in {folder}")
+        if not paths:
+            raise WitnessError(f"{place} is no file, no folder and no ID of a witness in {folder}")
+        if len(paths) > 1:
+            found = ", ".join(str(path) for path in paths)
+            raise WitnessError(f"{place} is the ID of several witnesses; name one: {found}")
     return paths
 
 
