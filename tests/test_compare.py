@@ -310,3 +310,8 @@ def test_refuses_fails_for_another_kind_of_error():
         "building: expected ValueError or TypeError, or no exception, got IndexError: tuple index"
     )
     assert found.__cause__ is error
+
+
+def test_a_tensor_without_values_equals_nothing():
+    with pytest.raises(Falsified, match="on the device meta"):
+        same_bits(torch.empty(2, device="meta"), torch.zeros(2), "values")

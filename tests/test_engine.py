@@ -304,3 +304,32 @@ def test_every_case_runs_with_and_without_onednn(name, wrong_with):
     run_trial(find_property(name), STACK, (case,))
     with pytest.raises(Falsified):
         run_trial(find_property(name), target, (case,))
+
+
+class Squeezed(ResCNNStack):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
+
+class Longer(ResCNNStack):
+    def forward(self, x):
+        return torch.cat([super().forward(x), x[:, :, :1]], dim=2)
+
+
+@pytest.mark.parametrize("wrong", [Squeezed, Longer])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "arithmetic.integer_gradients_are_exact",
+        "gradients.gradients_are_linear",
+        "gradients.finite_differences_are_exact",
+        "locality.a_changed_position_stays_in_its_window",
+        "rejection.nan_and_infinity_come_out",
+        "dropout.survivors_are_scaled",
+    ],
+)
+def test_no_statement_is_true_of_an_output_of_another_shape(wrong, name):
+    """And none takes it for a mistake of the suite."""
+    prop = find_property(name)
+    outcome = check_property(prop, contract_target(wrong, "w"), profile=QUICK, seed=0)
+    assert (outcome.verdict, outcome.what.partition(" for an")[0]) == (FALSIFIED, "output shape")

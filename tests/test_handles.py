@@ -378,3 +378,32 @@ def test_a_norm_of_the_fusion_over_too_few_channels_is_named():
 def test_a_model_without_any_convolution_is_refused():
     assert "Conv1d modules in a block: expected 2" in refusal(nn.Identity(), Config(4, 1, (3,)))
     assert "residual blocks in the model" in refusal(nn.Identity(), Config(4, 2, (3,)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"affine": False}, "one with weight"),
+        ({"track_running_stats": False}, "one with running_mean"),
+    ],
+)
+@pytest.mark.parametrize("place", ["branch", "fusion"])
+def test_a_norm_without_what_the_state_dict_names_is_falsified(change, said, place):
+    model = ResCNNStack(6, 1, (3, 5))
+    block = model.blocks[0]
+    part, width = (block.branches[0], 3) if place == "branch" else (block.fusion, 6)
+    part[1] = nn.BatchNorm1d(width, **change)
+    with pytest.raises(Falsified) as falsified:
+        contract_handles(model, Config(channels=6, num_blocks=1, kernel_sizes=(3, 5)))
+    assert falsified.value.expected == said
+
+
+@pytest.mark.parametrize("place", ["branch", "fusion"])
+def test_a_convolution_that_does_not_see_all_channels_is_falsified(place):
+    model = ResCNNStack(6, 1, (3, 5))
+    block = model.blocks[0]
+    part = block.branches[0] if place == "branch" else block.fusion
+    part[0] = nn.Conv1d(6, 3 if place == "branch" else 6, 3, padding=1, groups=3)
+    with pytest.raises(Falsified) as falsified:
+        contract_handles(model, Config(channels=6, num_blocks=1, kernel_sizes=(3, 5)))
+    assert falsified.value.expected == "one that sees 6 channels"

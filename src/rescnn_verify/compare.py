@@ -83,6 +83,8 @@ def same_bits(got: Tensor, expected: Tensor | np.ndarray, what: str) -> Comparis
         got: any tensor.
         expected: a tensor of the same dtype, or a float64 array that ``got``'s dtype can hold.
     """
+    if got.is_meta:
+        raise Falsified(what, "values", "a tensor without any, on the device meta")
     got = got.detach().cpu()
     if isinstance(expected, np.ndarray):
         expected = torch.from_numpy(np.ascontiguousarray(expected)).to(got.dtype)

@@ -152,8 +152,27 @@ def _block_handles(block: nn.Module, config: Config) -> BlockHandles:
     branch_convs = [conv for conv in convs if conv is not fusion]
     fusion_norm = _fusion_norm(block, norms, config, convs.index(fusion))
     branch_norms = [norm for norm in norms if norm is not fusion_norm]
+    for norm in norms:
+        _check_norm(norm)
+    for conv in (*branch_convs, fusion):
+        _check_convolution(conv, config)
     paired = _pair(block, branch_convs, branch_norms)
     return BlockHandles(block, paired, ConvNorm(fusion, fusion_norm))
+
+
+def _check_norm(norm: _BatchNorm) -> None:
+    """That a norm has what the contract's state_dict names."""
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if getattr(norm, name) is None:
+            raise Falsified("a BatchNorm of a block", f"one with {name}", str(norm))
+
+
+def _check_convolution(conv: nn.Conv1d, config: Config) -> None:
+    """That a convolution sees all channels: the block's own or, as many, the branches' together."""
+    if conv.weight.shape[1] != config.channels:
+        raise Falsified(
+            "a convolution of a block", f"one that sees {config.channels} channels", str(conv)
+        )
 
 
 def _fusion_convolution(block: nn.Module, convs: Sequence[nn.Conv1d], config: Config) -> nn.Conv1d:

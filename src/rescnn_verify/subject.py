@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rescnn_verify.case import Case, Config
-from rescnn_verify.compare import Falsified, NotApplicable, attempt
+from rescnn_verify.compare import Falsified, NotApplicable, attempt, equal
 from rescnn_verify.handles import BlockHandles
 from rescnn_verify.target import Target, TargetError
 
@@ -64,6 +64,7 @@ class Subject:
     def __init__(self, target: Target) -> None:
         self.target = target
         self._built: dict[tuple[Config, str, str], tuple[nn.Module, list[_Saved]]] = {}
+        self._configs: dict[nn.Module, Config] = {}
         self._handles: dict[nn.Module, tuple[BlockHandles, ...]] = {}
 
     def model(self, case: Case, *, mode: str | None = None) -> nn.Module:
@@ -93,6 +94,7 @@ class Subject:
         model = attempt(f"building {config.describe()}", lambda: self.target.build(config))
         if not isinstance(model, nn.Module):
             raise Falsified(f"building {config.describe()}", "an nn.Module", type(model).__name__)
+        self._configs[model] = config
         return model
 
     def twin(self, model: nn.Module, case: Case) -> nn.Module:
@@ -115,12 +117,24 @@ class Subject:
     def __call__(
         self, model: nn.Module, x: Tensor, *, call: Callable[..., Tensor] | None = None
     ) -> Tensor:
-        """The output for x; ``call`` runs a part of the model, default the target's own call."""
+        """The output for x; ``call`` runs a part of the model, default the target's own call.
+
+        Raises:
+            Falsified: the call fails, or returns something else than a tensor of the shape that the
+                target promises for an input of the model's own channels.
+        """
         run = call or self.target.call
         what = f"forward on {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
         out = attempt(what, lambda: run(model, x))
         if not isinstance(out, Tensor):
             raise Falsified(what, "a tensor", type(out).__name__)
+        config = self._configs.get(model) if call is None else None
+        if config is not None and x.dim() == 3 and x.shape[1] == config.channels:
+            # No statement means anything for another shape, so each is false of it.
+            expected = tuple(self.target.output_shape(config, (x.shape[0], x.shape[1], x.shape[2])))
+            equal(
+                tuple(out.shape), expected, f"output shape for an input of shape {tuple(x.shape)}"
+            )
         return out
 
     def run_block(self, block: BlockHandles, x: Tensor) -> Tensor:
