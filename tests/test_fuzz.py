@@ -499,7 +499,10 @@ def test_a_witness_is_found_by_its_file_its_folder_or_its_id(place, elsewhere):
 
 @pytest.mark.parametrize(
     ("place", "said"),
-    [("0000000000", "no such file, and 0 of this ID in witnesses"), ("corpus", "has no 'before'")],
+    [
+        ("0000000000", "is no file, no folder and no ID of a witness in witnesses"),
+        ("corpus", "has no 'before'"),
+    ],
 )
 def test_what_is_no_witness_is_refused(place, said, elsewhere):
     result = in_process("replay", place)
