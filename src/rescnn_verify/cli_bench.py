@@ -10,7 +10,15 @@ from pathlib import Path
 import click
 
 from rescnn_verify.bench import HOWS
-from rescnn_verify.options import DEFAULT_TARGET, DURATION, fail, usable_devices, writable
+from rescnn_verify.options import (
+    DEFAULT_TARGET,
+    DURATION,
+    device_option,
+    fail,
+    json_option,
+    usable_devices,
+    writable,
+)
 
 __all__ = ["bench"]
 
@@ -18,13 +26,7 @@ __all__ = ["bench"]
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", metavar="[TARGET] [--benchmark-…]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--against", metavar="PLAIN", help="Also time the target PLAIN, in turn with TARGET.")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda", "all"]),
-    default="cpu",
-    show_default=True,
-    help="Where the models run.",
-)
+@device_option
 @click.option(
     "--space",
     "space_file",
@@ -47,13 +49,7 @@ __all__ = ["bench"]
     help="About how long to measure each.",
 )
 @click.option("-k", "expression", metavar="EXPR", help="Only benchmarks whose names match.")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write the results as pytest-benchmark's JSON.",
-)
+@json_option
 def bench(
     arguments: tuple[str, ...],
     against: str | None,

@@ -30,7 +30,9 @@ __all__ = [
     "Witnesses",
     "conclude",
     "default_count",
+    "device_option",
     "fail",
+    "json_option",
     "run_options",
     "selected",
     "space_data",
@@ -101,14 +103,24 @@ def _all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
     return wrap
 
 
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "all"]),
+    default="cpu",
+    show_default=True,
+    help="Where the models run.",
+)
+
+json_option = click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write the results as JSON.",
+)
+
 run_options = _all_of(
-    click.option(
-        "--device",
-        type=click.Choice(["cpu", "cuda", "all"]),
-        default="cpu",
-        show_default=True,
-        help="Where the models run.",
-    ),
+    device_option,
     click.option(
         "--require-cuda", is_flag=True, help="Exit with 2 unless there is a CUDA device to run on."
     ),
@@ -131,13 +143,7 @@ run_options = _all_of(
         metavar="WORKERS",
         help="Processes, one thread each.  [default: the cores; 1 with CUDA]",
     ),
-    click.option(
-        "--json",
-        "json_file",
-        type=click.Path(dir_okay=False, path_type=Path),
-        metavar="FILE",
-        help="Write the results as JSON.",
-    ),
+    json_option,
     click.option(
         "--witnesses",
         type=click.Path(file_okay=False, path_type=Path),

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rescnn_verify.case import Config
+from rescnn_verify.case import Case, Config
 from rescnn_verify.handles import BlockHandles, contract_handles
 from rescnn_verify.space import ARCHITECTURES, Choice, Space
 
@@ -157,6 +157,16 @@ class Target:
     def promises_everything(self) -> bool:
         """Whether it promises every configuration, of which only a part is explored by default."""
         return self.space == _EXPLORED.get(self.kind)
+
+    def promises(self, case: Case) -> bool:
+        """Whether it promises a case, on whatever device.
+
+        A class held to the contract promises every configuration, a block those of one block.
+        """
+        if self.follows_contract:
+            return self.kind != "block" or case.num_blocks == 1
+        factors = {name: f for name, f in self.space.factors if name != "device"}
+        return case in Space(factors, where=self.space.where)
 
     @property
     def source_files(self) -> frozenset[str]:

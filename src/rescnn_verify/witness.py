@@ -19,10 +19,9 @@ from rescnn_verify import __version__
 from rescnn_verify.case import Case, CaseError
 from rescnn_verify.compare import Falsified, NotApplicable
 from rescnn_verify.files import write_whole
-from rescnn_verify.space import Space
 from rescnn_verify.statement import find_property
 from rescnn_verify.subject import environment
-from rescnn_verify.target import Target, load
+from rescnn_verify.target import load
 from rescnn_verify.trial import run_trial
 
 __all__ = ["Witness", "WitnessError", "find_witnesses", "replay", "reproduce", "versions"]
@@ -153,7 +152,7 @@ def reproduce(name: str, target: str, *cases: Mapping[str, Any]) -> None:
     if missing := prop.missing(loaded):
         raise WitnessError(f"{name} does not apply to {target}: {missing}")
     for case in trial:
-        if not _promised(loaded, case):
+        if not loaded.promises(case):
             raise WitnessError(f"{target} does not promise {case}")
     if any(case.device == "cuda" for case in trial) and not torch.cuda.is_available():
         raise WitnessError(f"{name}: the case needs a CUDA device, and there is none")
@@ -162,14 +161,6 @@ def reproduce(name: str, target: str, *cases: Mapping[str, Any]) -> None:
             run_trial(prop, loaded, trial)
     except NotApplicable as reason:
         raise WitnessError(f"{name} does not apply to {target}: {reason}") from reason
-
-
-def _promised(target: Target, case: Case) -> bool:
-    """Whether a case is one of a target; what follows the contract promises all of its kind."""
-    if target.follows_contract:
-        return target.kind != "block" or case.num_blocks == 1
-    own = {name: f for name, f in target.space.factors if name != "device"}
-    return case in Space(own, where=target.space.where)
 
 
 def find_witnesses(place: str, folder: Path) -> list[Path]:

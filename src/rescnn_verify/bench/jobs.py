@@ -20,7 +20,6 @@ from rescnn_verify.probes import normal_input
 from rescnn_verify.space import (
     A_CHANNEL_PER_BRANCH,
     MORE_THAN_ONE_VALUE_TO_TRAIN,
-    Choice,
     Space,
     SpaceError,
 )
@@ -214,16 +213,8 @@ def _on(device: str, case: Case, space: Space | None, target: Target) -> Iterato
         "dropout": (DOCUMENTED.dropout,),
     }
     free = {name: values for name, values in grid.items() if name not in named}
-    promised = _promised(target)
+    always = Space(where=(A_CHANNEL_PER_BRANCH, MORE_THAN_ONE_VALUE_TO_TRAIN))
     for values in itertools.product(*free.values()):
         one = replace(case, device=device, **dict(zip(free, values, strict=True)))
-        if one in promised:
+        if one in always and target.promises(one):
             yield one
-
-
-def _promised(target: Target) -> Space:
-    """What may be timed: what follows the contract promises every configuration."""
-    always = Space(where=(A_CHANNEL_PER_BRANCH, MORE_THAN_ONE_VALUE_TO_TRAIN))
-    if not target.follows_contract:
-        return always * target.space
-    return always.narrow(num_blocks=Choice(1)) if target.kind == "block" else always
