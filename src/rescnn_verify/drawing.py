@@ -6,6 +6,7 @@ so both reach the same corners. Every alternative lists the simplest first.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import fields
@@ -20,6 +21,10 @@ T = TypeVar("T")
 
 #: Multiply-adds that one forward pass of a drawn case may cost.
 WORK = 2**20
+#: Convolutions that three of four drawn architectures have at most: building and calling a layer
+#: costs more than its arithmetic, and a deep stack of many branches shows little that a deep one of
+#: few and a shallow one of many do not.
+LAYERS = 15
 
 LONG = (
     *(255, 256, 257, 300, 511, 512, 513, 640, 960, 1000, 1023, 1024, 1025, 1500),
@@ -89,8 +94,11 @@ def draw_trial(
         config = draw_config(draw, space)
         work = max(work, multiply_adds(config) * least)
     else:
+        many = draw.integer(0, 3) == 3
+        most = math.inf if many else max(LAYERS, _fewest_layers(space))
         config = _until(
-            lambda: draw_config(draw, space), lambda c: multiply_adds(c) * least <= work
+            lambda: draw_config(draw, space),
+            lambda c: multiply_adds(c) * least <= work and layers(c) <= most,
         )
     shared = {
         name: draw_value(draw, name, factor)
@@ -203,6 +211,11 @@ def multiply_adds(config: Config) -> int:
     return int(config.num_blocks * config.channels * (taps + config.channels))
 
 
+def layers(config: Config) -> int:
+    """Convolutions of the reference architecture."""
+    return config.num_blocks * (config.branches + 1)
+
+
 def _integer(draw: Draw, low: int, high: int, *, small: int, corners: Sequence[int] = ()) -> int:
     """Equally often a small one, a corner, and any."""
     within = sorted({c for c in corners if low <= c <= high})
@@ -217,10 +230,22 @@ def _integer(draw: Draw, low: int, high: int, *, small: int, corners: Sequence[i
 
 
 def _least(factor: Factor | None) -> int:
-    """The least size of a batch or length, at least 1."""
+    """The least value of a number of something, at least 1."""
     if isinstance(factor, Integers):
         return max(1, factor.low)
     return max(1, min(factor.values)) if isinstance(factor, Choice) else 1
+
+
+def _fewest_layers(space: Space) -> int:
+    """Convolutions of the smallest architecture of a space."""
+    branches = space.get("kernel_sizes")
+    if isinstance(branches, Lists):
+        fewest = branches.low
+    elif isinstance(branches, Choice):
+        fewest = min(map(len, branches.values))
+    else:
+        fewest = len(Config.kernel_sizes)
+    return _least(space.get("num_blocks")) * (fewest + 1)
 
 
 def _until(make: Any, good: Any) -> Any:
