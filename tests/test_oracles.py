@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from rescnn import ResCNNStack
-from rescnn_verify.bounds.roundoff import SIGNIFICAND_BITS
+from rescnn_verify.bounds.roundoff import FLOAT64, FORMATS, SIGNIFICAND_BITS, Format
 from rescnn_verify.case import Case, Config
-from rescnn_verify.compare import within
-from rescnn_verify.handles import ConvNorm, contract_handles
+from rescnn_verify.compare import NotApplicable, within
+from rescnn_verify.handles import BlockHandles, ConvNorm, contract_handles
 from rescnn_verify.networks import certify, make_real, values_of
+from rescnn_verify.oracles import real as reals
 from rescnn_verify.oracles.integer import exact_pass
 from rescnn_verify.oracles.layers import Block, Layer, UnsupportedLayerError, read_network
 from rescnn_verify.oracles.real import real_pass
@@ -378,20 +379,23 @@ def test_forward_bits_are_never_below_what_the_pass_needs(case, kinkless, seed):
     assert found.expected.forward_bits <= needed + 12
 
 
+ODD = "^only convolutions of an odd kernel with stride, dilation and groups 1 and zero padding are"
+
+
 @pytest.mark.parametrize(
-    ("layer", "conv"),
+    ("layer", "conv", "message"),
     [
-        ("branch", nn.Conv1d(6, 3, 2)),
-        ("branch", nn.Conv1d(6, 3, 3, groups=3)),
-        ("branch", nn.Conv1d(6, 3, 3, padding_mode="circular")),
-        ("branch", nn.Conv1d(5, 3, 3)),
-        ("branch", nn.Conv1d(6, 2, 3)),
-        ("branch", nn.Conv1d(6, 0, 3)),
-        ("fusion", nn.Conv1d(6, 6, 1, groups=2)),
-        ("fusion", nn.Conv1d(6, 5, 1)),
+        ("branch", nn.Conv1d(6, 3, 2), ODD),
+        ("branch", nn.Conv1d(6, 3, 3, groups=3), ODD),
+        ("branch", nn.Conv1d(6, 3, 3, padding_mode="circular"), ODD),
+        ("branch", nn.Conv1d(5, 3, 3), r"^Conv1d\(5, 3, .* stands where 6 channels come in"),
+        ("branch", nn.Conv1d(6, 2, 3), r"^Conv1d\(6, 6, .* stands where 5 channels come in"),
+        ("branch", nn.Conv1d(6, 0, 3), r"^Conv1d\(6, 0, .* stands where 6 channels come in"),
+        ("fusion", nn.Conv1d(6, 6, 1, groups=2), ODD),
+        ("fusion", nn.Conv1d(6, 5, 1), r"^Conv1d\(6, 3, .* stands where 5 channels come in"),
     ],
 )
-def test_layers_of_another_architecture_have_no_oracle(layer, conv):
+def test_layers_of_another_architecture_have_no_oracle(layer, conv, message):
     """They are for other properties to falsify; here they are not a mistake of the suite."""
     config = Config(channels=6, num_blocks=2, kernel_sizes=(3, 3))
     first, second = contract_handles(ResCNNStack(6, 2, (3, 3)), config)
@@ -400,10 +404,42 @@ def test_layers_of_another_architecture_have_no_oracle(layer, conv):
         first = replace(first, branches=(changed, first.branches[1]))
     else:
         first = replace(first, fusion=changed)
-    with pytest.raises(UnsupportedLayerError):
+    with pytest.raises(UnsupportedLayerError, match=message):
+        read_network((first,))
+    with pytest.raises(UnsupportedLayerError, match=message):
         read_network((first, second))
-    with pytest.raises(UnsupportedLayerError):
+    with pytest.raises(UnsupportedLayerError, match=message):
         certify((first, second), Case(**vars(config), length=4), bits="forward_bits")
+
+
+def test_blocks_of_different_channels_have_no_oracle():
+    (wide,), (narrow,) = (
+        contract_handles(
+            ResCNNStack(channels, 1, (3,)),
+            Config(channels=channels, num_blocks=1, kernel_sizes=(3,)),
+        )
+        for channels in (6, 4)
+    )
+    with pytest.raises(
+        UnsupportedLayerError, match=r"^the blocks have different numbers of channels$"
+    ):
+        read_network((wide, narrow))
+    assert len(read_network((narrow, narrow))) == 2
+
+
+def test_branches_may_be_narrower_than_the_block_and_without_bias():
+    pair = [
+        ConvNorm(conv, nn.BatchNorm1d(conv.out_channels).double())
+        for conv in (
+            nn.Conv1d(6, 2, 3, bias=False).double(),
+            nn.Conv1d(2, 6, 1, bias=False).double(),
+        )
+    ]
+    (block,) = read_network([BlockHandles(None, (pair[0],), pair[1])])
+    assert block.branches[0].bias.tolist() == [0, 0]
+    assert block.fusion.bias.tolist() == [0] * 6
+    for layer, own in zip((block.branches[0], block.fusion), pair, strict=True):
+        assert np.array_equal(layer.weight, own.conv.weight.detach().numpy())
 
 
 def backward_intermediates(network, x, v):
@@ -619,9 +655,13 @@ def test_the_masks_of_every_relu_come_in_order(v):
 
 @pytest.mark.parametrize(("shifts", "gradient"), [((0, 1), 1), ((1, -1), 0), ((1, 1), 2)])
 def test_no_gradient_passes_a_relu_at_exactly_0(shifts, gradient):
-    branch, fusion = shifts
-    found = exact_pass((Block((one_tap(1, branch),), one_tap(1, fusion)),), row(0), row(1))
-    assert found.input_gradient == gradient
+    network = (Block((one_tap(1, shifts[0]),), one_tap(1, shifts[1])),)
+    assert exact_pass(network, row(0), row(1)).input_gradient == gradient
+    found = real_pass(network, row(0), v=row(1), form=replace(ROUGH, smallest=0.0))
+    assert found.input_gradient.value == gradient
+    own = found.gradients[0]
+    for layer, shut in zip(own, (gradient < 2, gradient < 1), strict=True):
+        assert bool(layer.shift.error == 0) is shut
 
 
 def test_the_unit_of_a_later_block_counts():
@@ -1095,3 +1135,385 @@ def test_one_kink_of_many_values_counts():
     assert real_pass(network, row(1, 2, -0.5, 3, 4)).kink
     first = (Block((one_tap(1, 0.5),), one_tap(1, 0.5)), *network)
     assert real_pass(first, row(1, 2, -0.5, 3, 4)).kink
+
+
+# --- the running bounds, one number at a time -----------------------------------------------------
+
+
+class Off:
+    """A number and how far an evaluation may be from it."""
+
+    def __init__(self, value, error=0.0):
+        self.value, self.error = float(value), float(error)
+
+    @property
+    def most(self):
+        return abs(self.value) + self.error
+
+    def relu(self):
+        error = self.error if self.value > 0 else max(0.0, self.value + self.error)
+        return Off(max(self.value, 0.0), error)
+
+    def masked(self, by):
+        return self if by.value > 0 else Off(0.0)
+
+
+class ByHand:
+    """The running bounds of a network as `real_pass` documents them, in loops over single numbers.
+
+    Rows are lists (sample, channel, place) of `Off`.
+    """
+
+    def __init__(self, network, x, *, train, form, v=None):
+        self.train, self.form, self.statistics = train, form, []
+        rows, tape = as_lists(x, Off), []
+        for block in network:
+            inside = [self.layer(branch, rows, 1) for branch in block.branches]
+            joined = [
+                [[a.relu() for a in row] for step in inside for row in step["out"][b]]
+                for b in range(len(rows))
+            ]
+            fused = self.layer(block.fusion, joined, len(block.branches))
+            terms = block.fusion.weight[0].size
+            total = self.met(rows, fused["out"], terms, len(inside))
+            tape.append((block, inside, fused, total))
+            rows = mapped(Off.relu, total)
+        self.out, self.gradients = rows, []
+        if v is None:
+            return
+        gradient = as_lists(v, Off)
+        for block, inside, fused, total in reversed(tape):
+            gradient = zipped(Off.masked, gradient, total)
+            back, fusion_gradients = self.back(block.fusion, fused, gradient)
+            kernels = sum(branch.weight.shape[2] for branch in block.branches)
+            own, at = [], 0
+            for branch, step in zip(block.branches, inside, strict=True):
+                end = at + branch.weight.shape[0]
+                share = [sample[at:end] for sample in back]
+                at = end
+                part, grads = self.back(branch, step, zipped(Off.masked, share, step["out"]))
+                # What comes through one branch is a sum over the fusion's outputs and all taps.
+                terms = block.fusion.weight.shape[0] * kernels
+                gradient = self.met(gradient, part, terms, kernels)
+                own.append(grads)
+            self.gradients.insert(0, [*own, fusion_gradients])
+        self.input_gradient = gradient
+
+    def met(self, first, second, terms, stored):
+        """The sum of two sums: eight roundings more than either has terms."""
+        own = self.form.gamma(terms + 8, stored + 8)
+
+        def add(a, b):
+            return Off(a.value + b.value, a.error + b.error + own * (a.most + b.most))
+
+        return zipped(add, first, second)
+
+    def layer(self, layer, rows, parts):
+        """A sum of ``terms`` products and a bias; a norm of up to nine roundings more."""
+        form, kernel = self.form, layer.weight.shape[2]
+        terms, stored = layer.weight[0].size, kernel + parts + 2
+        places = range(len(rows[0][0]))
+        step = {"rows": rows, "statistics": None, "terms": terms}
+        step |= {name: [[] for _ in rows] for name in ("out", "normal", "size")}
+        step |= {"root": [], "relative": []}
+        for o, weights in enumerate(layer.weight.tolist()):
+            bias, scale, shift = (float(getattr(layer, n)[o]) for n in ("bias", "scale", "shift"))
+            z, sizes = [], []
+            for sample in rows:
+                for t in places:
+                    pairs = [
+                        (w, sample[c][t + k - kernel // 2])
+                        for c, taps in enumerate(weights)
+                        for k, w in enumerate(taps)
+                        if 0 <= t + k - kernel // 2 < len(places)
+                    ]
+                    size = sum(abs(w) * a.most for w, a in pairs) + abs(bias)
+                    error = sum(abs(w) * a.error for w, a in pairs)
+                    error += form.gamma(terms + 1, stored) * size + (terms + 1) * form.smallest
+                    z.append(Off(sum(w * a.value for w, a in pairs) + bias, error))
+                    sizes.append(size)
+            if self.train:
+                mean, variance = self.batch_statistics(z, sizes)
+            else:
+                mean, variance = Off(layer.mean[o]), Off(layer.variance[o])
+            total = variance.value + layer.eps
+            ratio = variance.error / (total - variance.error)
+            relative = ratio / (math.sqrt(1 + ratio) + 1)  # √(1 + ratio) − 1 without cancellation
+            root = 1 / math.sqrt(total)
+            step["root"].append(root)
+            step["relative"].append(relative)
+            for at, (a, size) in enumerate(zip(z, sizes, strict=True)):
+                size = root * (size + mean.most)
+                normal = root * (a.value - mean.value)
+                rounded = form.gamma(terms + 10, stored + 6)
+                error = root * (1 + relative) * (a.error + mean.error) + relative * abs(normal)
+                error += rounded * size * (1 + relative) + form.smallest
+                out = abs(scale) * error + form.gamma(4, 4) * abs(scale) * (size + error)
+                out += rounded * abs(shift) + form.smallest
+                if at % len(places) == 0:
+                    for name in ("out", "normal", "size"):
+                        step[name][at // len(places)].append([])
+                sample = at // len(places)
+                step["out"][sample][-1].append(Off(scale * normal + shift, out))
+                step["normal"][sample][-1].append(Off(normal, error))
+                step["size"][sample][-1].append(size)
+        return step
+
+    def batch_statistics(self, z, sizes):
+        form, m = self.form, len(z)
+        sizes = [size + a.error for size, a in zip(sizes, z, strict=True)]
+        mean = Off(
+            sum(a.value for a in z) / m,
+            sum(a.error + form.gamma(2 * m + 8, 8) * s for a, s in zip(z, sizes, strict=True)) / m,
+        )
+        squares = spread = 0.0
+        for a in z:
+            deviation = a.value - mean.value
+            delta = a.error + mean.error + form.unit * abs(deviation)
+            squares += deviation**2 / m
+            spread += (2 * abs(deviation) * delta + delta**2) / m
+        spread += form.gamma(3 * m + 8, 8) * sum(s**2 for s in sizes) / m
+        variance = Off(squares, spread)
+        learned = Off(squares * m / (m - 1), spread * m / (m - 1))
+        self.statistics.append({"mean": mean, "variance": learned, "biased": variance})
+        return mean, variance
+
+    def back(self, layer, step, gradient):
+        """Gradients at a layer's input and of its parameters."""
+        form, kernel = self.form, layer.weight.shape[2]
+        places = range(len(gradient[0][0]))
+        spots = [(b, t) for b in range(len(gradient)) for t in places]
+        m, before = len(spots), [[] for _ in gradient]
+        grads = {name: [] for name in ("weight", "bias", "scale", "shift")}
+        for o in range(len(layer.weight)):
+            g = [gradient[b][o][t] for b, t in spots]
+            n = [step["normal"][b][o][t] for b, t in spots]
+            sizes = [step["size"][b][o][t] + step["normal"][b][o][t].error for b, t in spots]
+            along_size = sum(a.most * s for a, s in zip(g, sizes, strict=True))
+            along = Off(
+                sum(a.value * b.value for a, b in zip(g, n, strict=True)),
+                sum(abs(a.value) * b.error + a.error * b.most for a, b in zip(g, n, strict=True))
+                + form.gamma(m + layer.weight[0].size + 10, 10) * along_size,
+            )
+            total = summed(form, g)
+            root, relative = step["root"][o], step["relative"][o]
+            slope = abs(float(layer.scale[o])) * root
+            dz = []
+            for a, b, size in zip(g, n, sizes, strict=True):
+                core, reach = Off(a.value, a.error), a.most
+                if self.train:
+                    core.value += -total.value / m - b.value * along.value / m
+                    core.error += total.error / m + abs(b.value) * along.error / m
+                    core.error += b.error * along.most / m
+                    reach += sum(a.most for a in g) / m + size * along_size / m
+                    core.error += form.gamma(6, 6) * reach
+                error = slope * (1 + relative) * core.error
+                error += slope * (relative + form.gamma(8, 8)) * reach + form.smallest
+                dz.append(Off(float(layer.scale[o]) * root * core.value, error))
+            for b in range(len(gradient)):
+                before[b].append(dz[b * len(places) : (b + 1) * len(places)])
+            grads["scale"].append(along)
+            grads["shift"].append(total)
+            grads["bias"].append(summed(form, dz))
+            taps = []
+            for c in range(layer.weight.shape[1]):
+                for k in range(kernel):
+                    at = [(i, b, t + k - kernel // 2) for i, (b, t) in enumerate(spots)]
+                    pairs = [
+                        (dz[i], step["rows"][b][c][t]) for i, b, t in at if 0 <= t < len(places)
+                    ]
+                    value = sum(a.value * b.value for a, b in pairs)
+                    error = sum(a.error * b.most + abs(a.value) * b.error for a, b in pairs)
+                    error += form.gamma(m + 10, 10) * sum(a.most * b.most for a, b in pairs)
+                    taps.append(Off(value, error))
+            grads["weight"].extend(taps)
+        terms, out = len(layer.weight) * kernel, []
+        for sample in before:
+            out.append([])
+            for c in range(layer.weight.shape[1]):
+                out[-1].append([])
+                for t in places:
+                    pairs = [
+                        (float(layer.weight[o, c, k]), row[t - k + kernel // 2])
+                        for o, row in enumerate(sample)
+                        for k in range(kernel)
+                        if 0 <= t - k + kernel // 2 < len(places)
+                    ]
+                    error = sum(abs(w) * a.error for w, a in pairs)
+                    size = sum(abs(w) * a.most for w, a in pairs)
+                    error += form.gamma(terms + 2, kernel + 2) * size
+                    out[-1][-1].append(Off(sum(w * a.value for w, a in pairs), error))
+        return out, grads
+
+
+def summed(form, numbers):
+    """A sum of m numbers: m roundings, two of them of what is stored."""
+    sizes = sum(a.most for a in numbers)
+    error = sum(a.error for a in numbers) + form.gamma(len(numbers), 2) * sizes
+    return Off(sum(a.value for a in numbers), error)
+
+
+def mapped(change, nested):
+    if isinstance(nested, list):
+        return [mapped(change, part) for part in nested]
+    return change(nested)
+
+
+def zipped(join, a, b):
+    if isinstance(a, list):
+        return [zipped(join, *pair) for pair in zip(a, b, strict=True)]
+    return join(a, b)
+
+
+# Sums and products of numbers that are not negative, each off by 2^-53 of its result at most, and
+# fewer than 2^13 of them on the way to any; values cancel by a few bits, errors do not.
+AGREE = 2.0**-38
+
+
+def assert_agree(errors, numbers):
+    np.testing.assert_allclose(errors.ravel(), [a.error for a in leaves(numbers)], AGREE, 0)
+
+
+#: Neither what is stored nor what underflows vanishes beside the rest.
+ROUGH = Format("rough", 2.0**-24, 2.0**-30, 2.0**-32, 2.0**127, np.float64)
+
+
+def drawn_layer(rng, *shape):
+    out = shape[0]
+    return Layer(
+        weight=rng.standard_normal(shape),
+        bias=rng.standard_normal(out),
+        scale=rng.standard_normal(out),
+        shift=rng.standard_normal(out),
+        mean=rng.standard_normal(out),
+        variance=rng.uniform(0.5, 2, out),
+        eps=0.25,
+    )
+
+
+def drawn_network(seed):
+    """Two blocks of four channels, with branches of two and three channels, of three taps and one.
+
+    No number of inputs, outputs, terms, branches or taps is another one's.
+    """
+    rng = np.random.default_rng(seed)
+    network = tuple(
+        Block(
+            (drawn_layer(rng, 2, 4, 3), drawn_layer(rng, 3, 4, 1)),
+            drawn_layer(rng, 4, 5, 1),
+        )
+        for _ in range(2)
+    )
+    return network, rng.standard_normal((2, 4, 5)), rng.standard_normal((2, 4, 5))
+
+
+@both_modes
+@pytest.mark.parametrize("seed", range(2))
+def test_the_bounds_are_those_documented(mode, seed):
+    network, x, v = drawn_network(seed)
+    train = mode == "train"
+    found = real_pass(network, x, v=v, train=train, form=ROUGH)
+    expected = ByHand(network, x, v=v, train=train, form=ROUGH)
+    assert_agree(found.out.error, expected.out)
+    assert_agree(found.input_gradient.error, expected.input_gradient)
+    learned = [s for layers in found.statistics for s in layers]
+    assert len(learned) == (6 if train else 0)
+    for name in ("mean", "variance", "biased"):
+        bounds = [bound for s in learned for bound in getattr(s, name).error]
+        assert_agree(np.array(bounds), [numbers[name] for numbers in expected.statistics])
+    for layers, by_hand in zip(found.gradients, expected.gradients, strict=True):
+        for layer, own in zip(layers, by_hand, strict=True):
+            for name in ("weight", "bias", "scale", "shift"):
+                assert_agree(getattr(layer, name).error, own[name])
+
+
+# --- what a pass reaches --------------------------------------------------------------------------
+
+#: Nothing is rounded, so that bounds are numbers to be worked out in the head.
+UNROUNDED = Format("unrounded", 0.0, 0.0, 0.0, 8.0, np.float64)
+
+
+def tap(weight, *, scale=1.0, shift=0.0, mean=0.0):
+    """A layer of one channel and one tap, whose norm multiplies with the scale."""
+    numbers = {"bias": 0.0, "scale": scale, "shift": shift, "mean": mean, "variance": 1.0}
+    arrays = {name: np.array([value]) for name, value in numbers.items()}
+    return Layer(weight=np.array([[[weight]]]), **arrays, eps=0.0)
+
+
+IDENTITY = tap(1.0)
+#: Name: branch, fusion, input and vector. In each the value named is 8 and all others are smaller.
+EIGHT = {
+    "a convolution": (tap(8.0, scale=1 / 8), IDENTITY, row(1), None),
+    "a norm": (tap(1.0, scale=8.0), tap(1 / 8), row(1), None),
+    "a norm before its shift": (tap(1.0, shift=-7.0), IDENTITY, row(1), None),
+    "a norm before its mean": (tap(1.0, mean=7.0), IDENTITY, row(1), None),
+    "the fusion's convolution": (IDENTITY, tap(8.0, scale=1 / 8), row(1), None),
+    "the fusion's norm": (IDENTITY, tap(1.0, shift=-7.0), row(1), None),
+    "a sum": (IDENTITY, IDENTITY, row(-1, 4), None),
+    "a gradient before a norm": (tap(1 / 8, scale=8.0), IDENTITY, row(1 / 8), row(1)),
+    "a gradient behind a branch": (tap(1 / 2), tap(8.0), row(1 / 2), row(1)),
+    "a gradient before a branch": (tap(-8.0, shift=4.0), IDENTITY, row(1 / 8), row(1)),
+    "a sum of gradients": (IDENTITY, IDENTITY, row(1 / 8), row(4)),
+    "a weight's": (tap(1 / 2, scale=2.0), IDENTITY, row(2, 2), row(1, 1)),
+    "a bias's": (tap(1 / 2, scale=2.0), IDENTITY, np.full((1, 1, 4), 1 / 2), np.ones((1, 1, 4))),
+    "a scale's": (tap(2.0, scale=1 / 2), IDENTITY, row(2, 2), row(1, 1)),
+    "a shift's": (tap(1 / 2), IDENTITY, np.full((1, 1, 4), 1 / 2), np.full((1, 1, 4), 2)),
+    "the fusion's weight's": (IDENTITY, tap(1 / 2, scale=2.0), row(2, 2), row(1, 1)),
+    "the fusion's scale's": (IDENTITY, tap(2.0, scale=1 / 2), row(2, 2), row(1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_a_pass_is_in_range_if_all_it_comes_across_is_below_the_largest(name):
+    branch, fusion, x, v = EIGHT[name]
+    network = (Block((branch,), fusion),)
+    for largest, in_range in ((8.0, False), (math.nextafter(8.0, 9.0), True)):
+        found = real_pass(network, x, v=v, form=replace(UNROUNDED, largest=largest))
+        assert found.in_range is in_range
+
+
+@pytest.mark.parametrize(("v", "in_range"), [(None, True), (row(1, 0), False)])
+def test_what_cancels_in_a_training_gradient_counts(v, in_range):
+    """The fusion's norm gets 1 and 3: with their mean, 2, subtracted apart, 3 and 5 go into it.
+
+    The gradients 1 and 0 are then 0 both, by 1 + 1/2 + 3 · 3/2 and 1/2 + 5 · 3/2 taken apart.
+    """
+    network = (Block((tap(1.0, shift=2.0),), tap(1.0, scale=1 / 8, shift=2.0)),)
+    for largest in (8.0, math.nextafter(8.0, 9.0)):
+        form = replace(UNROUNDED, largest=largest)
+        found = real_pass(network, row(-1, 1), v=v, train=True, form=form)
+        assert found.in_range is (in_range or largest > 8)
+
+
+@pytest.mark.parametrize("v", [None, row(0)])
+def test_a_pass_over_nothing_reaches_nothing(v):
+    network = (Block((IDENTITY,), IDENTITY),)
+    assert real_pass(network, row(0), v=v, form=replace(UNROUNDED, largest=5e-324)).in_range
+
+
+def test_what_an_earlier_block_reaches_counts():
+    large, small = Block((tap(8.0, scale=1 / 8),), tap(0.0)), Block((IDENTITY,), tap(0.0))
+    for network in ((large, small), (small, large)):
+        assert not real_pass(network, row(1), form=UNROUNDED).in_range
+        assert not real_pass(network, row(1), v=row(1), form=UNROUNDED).in_range
+    assert real_pass((small, small), row(1), v=row(1), form=UNROUNDED).in_range
+
+
+def test_a_pass_somewhere_without_a_bound_is_not_in_range():
+    """A batch that is the same everywhere, up to round-off, has no certain variance."""
+    silent = replace(tap(0.0), eps=1.0)
+    uncertain = Block((replace(tap(0.1), eps=1e-30),), silent)
+    network = (uncertain, Block((silent,), silent))
+    for v in (None, row(1, 1)):
+        found = real_pass(network, row(1, 1), v=v, train=True, form=FORMATS["float32"])
+        assert np.isnan(found.out.error).all()
+        assert not found.in_range
+
+
+def test_where_long_double_is_no_wider_float64_has_no_reference(monkeypatch):
+    network = (Block((IDENTITY,), IDENTITY),)
+    narrow = replace(FLOAT64, exact=np.float64)
+    monkeypatch.setattr(reals, "FLOAT64", narrow)
+    with pytest.raises(NotApplicable, match=r"^long double is no wider than float64 on this mac"):
+        real_pass(network, row(1), form=narrow)
+    assert real_pass(network, row(1), form=FORMATS["float32"]).out.value == 2

@@ -157,21 +157,20 @@ def real_pass(
     gradients: list[tuple[Gradients[Bounded], ...]] = []
     for block, (inside, fused, total) in zip(reversed(network), reversed(tape), strict=True):
         gradient = _masked(gradient, total)
-        back, own = _real_back(block.fusion, fused, gradient, train, form)
+        back, own = _real_back(block.fusion, fused, gradient, train, form, reach)
         layers = []
         at, kernels = 0, sum(layer.weight.shape[2] for layer in block.branches)
         for layer, step in zip(block.branches, inside, strict=True):
             end = at + layer.weight.shape[0]
             share = Bounded(back.value[:, at:end], back.error[:, at:end])
-            part, grads = _real_back(layer, step, _masked(share, step.out), train, form)
+            part, grads = _real_back(layer, step, _masked(share, step.out), train, form, reach)
             gradient, at = (
                 _sum(gradient, part, block.fusion.weight.shape[0] * kernels, kernels, form),
                 end,
             )
             layers.append(grads)
-            reach.note(share.most, part.most, gradient.most, grads.weight.most, grads.scale.most)
+            reach.note(gradient.most)
         gradients.insert(0, (*layers, own))
-        reach.note(back.most, own.weight.most, own.scale.most)
     in_range = bool(reach.most < form.largest)
     return RealPass(out, statistics, gradient, tuple(gradients), kink, in_range)
 
@@ -286,7 +285,7 @@ def _batch_statistics(
 
 
 def _real_back(
-    layer: Layer, step: _RealStep, g: Bounded, train: bool, form: Format
+    layer: Layer, step: _RealStep, g: Bounded, train: bool, form: Format, reach: _Reach
 ) -> tuple[Bounded, Gradients[Bounded]]:
     """The gradient at a layer's input and those of its parameters, given that at its output.
 
@@ -327,11 +326,10 @@ def _real_back(
     own = row_errors @ columns.most + np.abs(rows) @ columns.error
     own = own + form.gamma(m + 10, 10) * (row_sizes @ columns.most)
     row_error = row_errors.sum(axis=1) + form.gamma(m, 2) * row_sizes.sum(axis=1)
-    return back, Gradients(
-        weight=Bounded(
-            (rows @ columns.value).reshape(layer.weight.shape), own.reshape(layer.weight.shape)
-        ),
-        bias=Bounded(rows.sum(axis=1), row_error),
-        scale=Bounded(along, along_error),
-        shift=Bounded(total, total_error),
+    weights = Bounded(
+        (rows @ columns.value).reshape(layer.weight.shape), own.reshape(layer.weight.shape)
     )
+    bias, scale = Bounded(rows.sum(axis=1), row_error), Bounded(along, along_error)
+    shift = Bounded(total, total_error)
+    reach.note(core_size, *(b.most for b in (dz, back, weights, bias, scale, shift)))
+    return back, Gradients(weight=weights, bias=bias, scale=scale, shift=shift)
