@@ -1,6 +1,7 @@
 """The bounds hold, are tight where they say so, and wrong ones are caught."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,21 @@ from torch.nn import functional as F
 
 from rescnn import ResCNNStack
 from rescnn_verify import error_bound, lipschitz_bound
-from rescnn_verify.bounds import gains, norms
+from rescnn_verify.bounds import gains, norms, rounding
+from rescnn_verify.bounds.gains import block_gain, stack_gain
 from rescnn_verify.bounds.norms import conv_norm_bound
-from rescnn_verify.bounds.rounding import UnknownOperationError
+from rescnn_verify.bounds.rounding import (
+    Approximation,
+    UnknownOperationError,
+    convolve,
+    exactly,
+    normalise,
+)
 from rescnn_verify.bounds.roundoff import FORMATS, TF32, Format, gamma
 from rescnn_verify.case import Config
 from rescnn_verify.handles import contract_handles
-from rescnn_verify.oracles.layers import UnsupportedLayerError
-from rescnn_verify.oracles.real import real_pass
+from rescnn_verify.oracles.layers import Block, Layer, UnsupportedLayerError
+from rescnn_verify.oracles.real import Bounded, TrainStatistics, real_pass
 from rescnn_verify.probes import randomise
 from rescnn_verify.subject import DTYPES, environment
 from tests import tightness
@@ -285,3 +293,350 @@ def test_formats_are_those_of_torch():
         assert form.largest <= info.max < 4 * form.largest
         assert form.smallest <= max(info.tiny, info.smallest_normal)
     assert TF32.unit == FORMATS["float16"].unit
+
+
+# --- numbers worked out by hand ------------------------------------------------------------------
+
+
+def test_gamma_is_that_of_lemma_3_1():
+    assert gamma(3, 2.0**-4) == (3 / 16) / (13 / 16)
+    assert gamma(15, 2.0**-4) == 15
+    assert gamma(16, 2.0**-4) == gamma(17, 2.0**-4) == math.inf
+    assert gamma(2) == 2.0**-52 / (1 - 2.0**-52)
+
+
+def test_the_gamma_of_a_format_counts_what_it_stores_once_more():
+    """With what it computes with on top, which is below 2^-10 of it."""
+    same = Format("same", 2.0**-4, 2.0**-4, 0.0, 1.0, np.float32)
+    assert same.gamma(8, 3) == 1 + 2.0**-10
+    wider = Format("wider", 2.0**-4, 2.0**-5, 0.0, 1.0, np.float32)
+    assert wider.gamma(16, 8) == (1 + 1 * (1 + 1)) * (1 + 2.0**-10)
+    assert type(wider.gamma(16, 8)) is np.float32
+
+
+def test_the_formats_are_these():
+    for name, unit, accumulation, smallest, largest, exact in (
+        ("float64", 2.0**-53, 2.0**-53, 2.0**-1074, 2.0**1023, np.longdouble),
+        ("float32", 2.0**-24, 2.0**-24, 2.0**-126, 2.0**127, np.float64),
+        ("float16", 2.0**-11, 2.0**-24, 2.0**-24, 2.0**15, np.float64),
+        ("bfloat16", 2.0**-8, 2.0**-24, 2.0**-126, 2.0**127, np.float64),
+    ):
+        form = Format(name, unit, accumulation, smallest, largest, exact)
+        assert FORMATS[name] == form
+    assert replace(FORMATS["float32"], unit=2.0**-11) == TF32
+
+
+#: What certifying a singular value may add to it: half of the 1e-9 by which its square is raised.
+#: Nothing here takes more than four.
+CERTIFIED = (1 + 1e-9) ** 2
+
+
+def assert_bounds(found, exact):
+    assert exact <= found <= exact * CERTIFIED
+
+
+@pytest.mark.parametrize(
+    ("taps", "dilation", "lengths"),
+    [
+        # |1 - exp(-2iω)| is 2 at π/2, one of 24 frequencies, and √3 at 2π/3, one of 3.
+        ((1, 0, -1), 1, {None: 2 / math.cos(math.pi / 24), 2: math.sqrt(3), 1: 0}),
+        # Dilated by 2, 4 points: those that are twice as far apart, so 0 and π.
+        ((1, 0, -1), 2, {None: 2 / math.cos(math.pi / 24), 2: 0, 3: 2 * math.sin(2 * math.pi / 5)}),
+        # As large as its sum; at length 5 the outer taps meet nothing when dilated by 5.
+        ((1, 1, 1), 5, {None: 3 / math.cos(math.pi / 24), 5: 1, 6: 3}),
+        ((1, 2, 4, 2, 1), 2, {None: 10 / math.cos(math.pi / 24), 2: 4, 3: 8, 4: 8, 5: 10}),
+        ((3,), 1, {None: 3, 1: 3, 100: 3}),
+        ((0, 0, 0), 1, {None: 0, 1: 0}),
+    ],
+)
+def test_norms_by_hand(taps, dilation, lengths):
+    weight = np.array([[taps]], dtype=np.float64)
+    for length, norm in lengths.items():
+        assert_bounds(conv_norm_bound(weight, length=length, dilation=dilation), norm)
+
+
+def test_a_norm_between_every_other_sample_counts():
+    """|Ŵ|² = 5 + b² + 2b cos ω − 4 cos 2ω is largest where cos ω = b/8: at the first of 24."""
+    angle = math.pi / 12
+    b = 8 * math.cos(angle)
+    norm = math.sqrt(5 + b**2 + 2 * b * math.cos(angle) - 4 * math.cos(2 * angle))
+    assert_bounds(conv_norm_bound(np.array([[[2, b, -1]]])), norm / math.cos(math.pi / 24))
+
+
+@pytest.mark.parametrize(("error", "bound"), [(0.0, 5), (0.5, 5 + 2 * 0.5)])
+def test_the_largest_eigenvalue_is_that_of_any_matrix_of_any_batch(error, bound):
+    """What a matrix is off by counts twice: for the one that is tried, and for any other."""
+    matrices = [np.diag(values) for values in ((1, 2), (3, 1), (2, 0), (5, 0), (0, 4), (4, 1))]
+    tensors = torch.from_numpy(np.array(matrices, dtype=np.complex128))
+    for batches in (tensors.split(6), tensors.split(2), tensors.split(1), tensors.flip(0).split(4)):
+        assert_bounds(norms.largest_eigenvalue_bound(batches, error), bound)
+    assert norms.largest_eigenvalue_bound([], error) == pytest.approx(error, rel=2.0**-40)
+
+
+def test_a_norm_includes_its_own_round_off(monkeypatch):
+    """As if a rounding were off by 2^-20 of the result, and without rounding: so to 2^-40."""
+    unit = 2.0**-20
+    monkeypatch.setattr(norms, "gamma", lambda terms: terms * unit)
+    monkeypatch.setattr(norms, "UNIT", {"float64": unit})
+    weight = np.zeros((2, 3, 3))
+    weight[0, 0, 1], weight[1, 1, 1] = 1, 2
+    # In units of 2, Ŵ is diagonal with 1/2 and 1, and ŴŴ* is off by 150 roundings of 5/4, a number
+    # summed of 18.
+    error = 2 * (3**2 * 3 + 48) * unit * (1 / 4 + 1) * (1 + (18 + 8) * unit)
+    own = 4 * (2 + 2) * unit
+    certified = (1 + error) * (1 + 1e-9 + 4 * own * 2) + error
+    trace = 2 * (own / (1 - own) + unit)
+    norm = math.sqrt(certified * (1 + trace) * (1 + 8 * unit)) / math.cos(math.pi / 24)
+    assert conv_norm_bound(weight) == pytest.approx(2 * norm * (1 + 4 * unit), rel=2.0**-40)
+
+
+def plain(weight, *, scale=1.0, variance=1.0, eps=0.0):
+    """A layer without anything but weights and the factor of its norm."""
+    weight = np.array(weight, dtype=np.float64)
+    nothing = np.zeros(len(weight))
+    return Layer(weight, nothing, nothing + scale, nothing, nothing, nothing + variance, eps)
+
+
+def scalars(w, f):
+    """A block y = relu(x + f relu(w x)) of one channel."""
+    return Block((plain([[[w]]]),), plain([[[f]]]))
+
+
+@pytest.mark.parametrize(
+    ("w", "f", "norm", "departure"),
+    [
+        (2, 3, 7, 6),
+        # |1 - 1/2| + 1/2 and |1 - 3| + 3: signs that shorten.
+        (-1, 1, 1, 1),
+        (2, -3, 5, 6),
+        (0, 3, 1, 0),
+        (3, 0, 1, 0),
+    ],
+)
+def test_the_gain_of_a_block_of_one_channel(w, f, norm, departure):
+    for length in (None, 1, 5):
+        found = block_gain(scalars(w, f), length=length)
+        assert_bounds(found.norm, norm)
+        assert_bounds(found.departure, departure)
+
+
+def test_the_gain_of_a_stack_is_a_product():
+    found = stack_gain([scalars(1, 1), scalars(1, 2), scalars(-1, 1)])
+    assert_bounds(found.norm, 2 * 3 * 1)
+    assert_bounds(found.departure, 2 * 3 * 2 - 1)
+    assert_bounds(stack_gain([]).norm, 1)
+    assert stack_gain([]).departure < 1e-15
+
+
+def test_the_gain_balances_what_goes_into_the_fusion_with_what_comes_out():
+    """‖F‖‖W‖ is 17; with both channels brought to 2 and 2 it is √8 · √8, which is ‖FW‖, too."""
+    block = Block((plain([[[1]]]), plain([[[4]]])), plain([[[4], [1]]]))
+    assert_bounds(block_gain(block).departure, 8)
+    # A channel that goes nowhere, or comes from nowhere, is left as it is: (4, 0) to (2, 0).
+    block = Block((plain([[[1]]]), plain([[[4]]])), plain([[[4], [0]]]))
+    assert_bounds(block_gain(block).departure, 2 * math.sqrt(2**2 + 4**2))
+    block = Block((plain([[[4]]]), plain([[[0]]])), plain([[[1], [1]]]))
+    assert_bounds(block_gain(block).departure, math.sqrt(2**2 + 1**2) * 2)
+
+
+def test_branches_of_different_kernels_are_centred():
+    """At length 1 only the taps in the middle count: ‖(3, 4)‖ · ‖(5, 12)‖, and 3 · 5 + 4 · 12.
+
+    The fusion is balanced with all taps; here that shortens the second block only.
+    """
+    row = math.sqrt(7**2 + 12**2 + 8**2)
+    balanced = math.sqrt((3 * 5 + 4 * row) * (3 * 5**2 / 5 + 4 * 12**2 / row))
+    for branches, departure, norm in (
+        (([[[7, 5, 8]]], [[[12]]]), 5 * 13, 1 + 63 / 2 + 65 / 2),
+        (([[[5]]], [[[7, 12, 8]]]), balanced, 1 + balanced),
+    ):
+        block = Block(tuple(plain(weight) for weight in branches), plain([[[3], [4]]]))
+        found = block_gain(block, length=1)
+        assert_bounds(found.departure, departure)
+        assert_bounds(found.norm, norm)
+
+
+def test_a_norm_scales_the_gain():
+    slow = Block((plain([[[1]]], scale=-6, variance=3.75, eps=0.25),), plain([[[1]]]))
+    assert_bounds(block_gain(slow).departure, 3)
+    assert_bounds(block_gain(replace(slow, fusion=slow.branches[0])).departure, 9)
+
+
+def test_in_training_the_gain_is_that_of_the_least_variance_and_of_the_channels_that_stay():
+    def learned(value, error):
+        one = Bounded(np.array([value]), np.array([error]))
+        return TrainStatistics(None, None, one)
+
+    statistics = (learned(5.0, 1.0), learned(0.5, 1.0))
+    block = Block((plain([[[6]]], eps=0.0),), plain([[[1]]], eps=0.25))
+    # The slopes are 1/√4 and 1/√(0 + 1/4).
+    for dropout, departure in ((0.0, 6), (0.75, 24), (1.0, 0)):
+        found = block_gain(block, statistics=statistics, dropout=dropout)
+        assert_bounds(found.departure, departure)
+        assert_bounds(found.norm, 1 + departure)
+
+
+def test_signs_shorten_nothing_in_training():
+    """‖I + ½FW‖ + ½‖F‖‖W‖ is for a norm that multiplies; one of a batch also subtracts."""
+    one = Bounded(np.array([1.0]), np.array([0.0]))
+    statistics = (TrainStatistics(one, one, one),) * 2
+    assert_bounds(block_gain(scalars(-1, 1)).norm, 1)
+    assert_bounds(block_gain(scalars(-1, 1), statistics=statistics).norm, 2)
+
+
+def test_the_gain_includes_its_own_round_off(monkeypatch):
+    """As if a rounding were off by 2^-10 of the result: in slopes by 8, in products by 16."""
+    monkeypatch.setattr(gains, "gamma", lambda terms: terms * 2.0**-10)
+    slope, product = 1 + 8 * 2.0**-10, 1 + 16 * 2.0**-10
+    a = slope**2
+    found = block_gain(scalars(1, 1))
+    assert_bounds(found.departure, a * product)
+    assert_bounds(found.norm, (1 + a * product) * product)
+    # Two channels and three between them: what is summed to I + FW/2 is off by 23 roundings of
+    # |F||W| + 1, elementwise, the norm of that by as many as FW has elements, and 8.
+    inside, fusion = np.zeros((3, 2, 3)), np.zeros((2, 3, 1))
+    inside[[0, 1], [0, 1], 1], fusion[[0, 1], [0, 1], 0] = 1, -1
+    found = block_gain(Block((plain(inside),), plain(fusion)), length=1)
+    off = 23 * 2.0**-10 * math.sqrt(2 * (a + 1) ** 2 + 2) * (1 + (12 + 8) * 2.0**-10)
+    assert_bounds(found.departure, a * product)
+    assert_bounds(found.norm, (1 - a / 2 + off + a * product / 2) * product)
+    blocks = [scalars(1, 1), scalars(1, 1)]
+    own, through = 12 * 2.0**-10, (1 + a * product) ** 2
+    assert_bounds(stack_gain(blocks).norm, through * product**2 * (1 + own))
+    assert_bounds(stack_gain(blocks).departure, (through - 1) * (1 + own) + through * own)
+
+
+# --- error_bound by hand -------------------------------------------------------------------------
+
+
+def tensor(*values):
+    """Of one sample and as many channels as there are rows."""
+    return torch.tensor([values], dtype=torch.float64)
+
+
+def approximation(exact, bound):
+    return Approximation(tensor(*exact), tensor(*bound))
+
+
+def assert_is(found, exact, bound):
+    """Equal but for what float64 makes of a few sums and products: far less than 2^-40."""
+    assert found.value[0].tolist() == [list(row) for row in exact]
+    np.testing.assert_allclose(found.error[0], bound, 2.0**-40, 0)
+
+
+def by_name(form):
+    return form.dtype
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=by_name)
+def test_a_convolution_is_off_by_its_sum_and_two_roundings_of_what_is_stored(form):
+    """In float64 by twice that: the reference is no wider."""
+    x = approximation([(2, -4)], [(0.5, 0.25)])
+    twice = 2 if form.dtype == "float64" else 1
+
+    def own(terms):
+        return twice * float(form.gamma(terms, 2))
+
+    found = convolve(form, x, tensor((-3,)), torch.tensor([-1.0]).double())
+    bound = [
+        3 * b + own(2) * (3 * a + 1) + 2 * form.smallest for a, b in ((2.5, 0.5), (4.25, 0.25))
+    ]
+    assert_is(found, [(-7, 11)], [bound])
+    found = convolve(form, x, tensor((1, 2, 3)), None, padding=1, stride=2)
+    bound = 2 * 0.5 + 3 * 0.25 + own(4) * (2 * 2.5 + 3 * 4.25) + 4 * form.smallest
+    assert_is(found, [(-8,)], [[bound]])
+    # Of two groups, each sums over one channel.
+    both = approximation([(2,), (-4,)], [(0.5,), (0.25,)])
+    weight = torch.tensor([[[1.0]], [[2.0]]]).double()
+    bound = [
+        [0.5 + own(2) * 2.5 + 2 * form.smallest],
+        [2 * 0.25 + own(2) * 2 * 4.25 + 2 * form.smallest],
+    ]
+    assert_is(convolve(form, both, weight, None, groups=2), [(2,), (-8,)], bound)
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=by_name)
+def test_a_norm_is_off_by_nine_roundings_of_what_cancels_in_it(form):
+    numbers = ((6, 1), (-5, 4), (-1, 2), (3.75, 0.75))  # scale, shift, mean, variance
+    given = [torch.tensor(pair, dtype=torch.float64) for pair in numbers]
+    x = approximation([(2, 0), (1, 2)], [(0.5, 0), (0, 0.25)])
+    found = normalise(form, x, *given, 0.25)
+    own = (2 if form.dtype == "float64" else 1) * float(form.gamma(9, 9))
+    lost = 4 * form.smallest
+    # The slopes are 6/√4 and 1/√1.
+    bound = [
+        [3 * 0.5 + own * (3 * (2.5 + 1) + 5) + lost, own * (3 * 1 + 5) + lost],
+        [own * (1 + 2 + 4) + lost, 0.25 + own * (2.25 + 2 + 4) + lost],
+    ]
+    assert_is(found, [(4, -2), (3, 4)], bound)
+
+
+def test_what_may_overflow_has_no_bound():
+    form = Format("narrow", 0.0, 0.0, 0.0, 8.0, np.float64)
+    one = torch.ones(1, dtype=torch.float64)
+    x = approximation([(7, 7.5, -7.5, -8)], [(0.5, 0.5, 0.5, 0)])
+    bound = [[0.5, math.inf, math.inf, math.inf]]
+    for found in (
+        convolve(form, x, tensor((1,)), None),
+        normalise(form, x, one, 0 * one, 0 * one, one, 0.0),
+        rounding._add(form, x, approximation([(0,) * 4], [(0,) * 4])),
+    ):
+        assert_is(found, x.value[0].tolist(), bound)
+
+
+def test_a_relu_cuts_off_what_is_surely_negative():
+    x = approximation([(2, -1, -1, 0)], [(0.5, 0.5, 3, 1)])
+    assert_is(rounding._relu(FORMATS["float64"], x), [(2, 0, 0, 0)], [(0.5, 0, 2, 1)])
+
+
+class Joined(nn.Module):
+    """All operations that there are bounds for."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv1d(1, 2, 1)
+        self.plain = nn.BatchNorm1d(2, affine=False, eps=0.5)
+        self.scaled = nn.BatchNorm1d(2, eps=0.75)
+        randomise(self, np.random.default_rng(0))
+
+    def forward(self, x):
+        y = self.wide(x)
+        z = torch.relu(self.scaled(y)) + y
+        return torch.cat([self.plain(y), F.dropout(z, 0.5, self.training)], 2)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_the_bound_of_a_network_is_that_of_its_operations(dtype):
+    form, model = FORMATS[dtype], Joined().eval().to(DTYPES[dtype])
+    x = torch.tensor([[[3.0, -2.0]]]).to(DTYPES[dtype])
+    found = error_bound(model, x)
+    assert found.exact.dtype == found.bound.dtype == torch.float64
+
+    def of(norm, *, scale, shift):
+        given = (scale, shift, norm.running_mean, norm.running_var)
+        return normalise(form, y, *(t.double() for t in given), norm.eps)
+
+    y = convolve(form, exactly(x), model.wide.weight.double(), model.wide.bias.double())
+    one = torch.ones(2)
+    plain = of(model.plain, scale=one, shift=0 * one)
+    z = rounding._relu(form, of(model.scaled, scale=model.scaled.weight, shift=model.scaled.bias))
+    own = (2 if dtype == "float64" else 1) * float(form.gamma(1, 1))
+    sums = z.exact + y.exact, z.bound + y.bound + own * (z.most + y.most)
+    assert torch.equal(found.exact, torch.cat([plain.exact, sums[0]], 2))
+    torch.testing.assert_close(
+        found.bound, torch.cat([plain.bound, sums[1]], 2), rtol=2.0**-40, atol=0
+    )
+
+
+def test_tf32_counts_only_where_it_is_used(monkeypatch):
+    class There:
+        dtype, is_cuda = torch.float32, True
+
+    class There64(There):
+        dtype = torch.float64
+
+    for allowed, there in ((True, TF32), (False, FORMATS["float32"])):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        assert rounding._format_of(nn.Identity(), There()) is there
+        assert rounding._format_of(nn.Identity(), There64()) is FORMATS["float64"]
+        assert rounding._format_of(nn.Identity(), torch.ones(1)) is FORMATS["float32"]
