@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,9 +109,10 @@ def test_power_iteration_stays_below_where_no_dense_matrix_fits():
 @pytest.mark.parametrize(
     ("weight", "options", "message"),
     [
-        (np.ones((2, 3)), {}, r"shape \(out, in / groups, kernel\)"),
-        (np.array([[[math.nan]]]), {}, "non-finite"),
-        (np.ones((2, 1, 3)), {"groups": 3}, "no multiple of 3 groups"),
+        (np.ones((2, 3)), {}, r"shape \(out, in / groups, kernel\), got shape \(2, 3\)$"),
+        (np.array([[[math.nan]]]), {}, r"got shape \(1, 1, 1\) with non-finite values$"),
+        (np.ones((2, 3, 3)), {"groups": 3}, "^2 output channels are no multiple of 3 groups"),
+        (np.ones((1, 1, 3)), {"groups": 0}, "groups must be at least 1, got 0"),
         (np.ones((1, 1, 3)), {"dilation": 0}, "dilation must be at least 1, got 0"),
         (np.ones((1, 1, 3)), {"length": 0}, "length must be at least 1, got 0"),
     ],
@@ -135,6 +137,8 @@ def test_the_lipschitz_bound_of_a_stack():
     with torch.no_grad():
         assert float((model(x) - model(y)).norm() / (x - y).norm()) <= bound
     assert lipschitz_bound(handles, length=30) <= bound
+    least = lipschitz_bound(handles, length=1)
+    assert least == stack_gain(tightness.read_network(handles), length=1).norm < bound
 
 
 @pytest.mark.parametrize(
@@ -199,7 +203,11 @@ def test_error_bound_is_infinite_where_the_dtype_may_overflow():
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(nn.Tanh(), "tanh"), (nn.LayerNorm(5), "layer_norm"), (nn.Conv2d(1, 1, 1), "one-dim")],
+    [
+        (nn.Tanh(), "tanh"),
+        (nn.LayerNorm(5), "layer_norm"),
+        (nn.Conv2d(1, 1, 1), "^error_bound knows one-dimensional"),
+    ],
 )
 def test_an_unknown_operation_is_named(module, name):
     x = torch.randn(2, 1, 3, 5) if isinstance(module, nn.Conv2d) else torch.randn(2, 3, 5)
@@ -346,6 +354,8 @@ def assert_bounds(found, exact):
         ((1, 1, 1), 5, {None: 3 / math.cos(math.pi / 24), 5: 1, 6: 3}),
         ((1, 2, 4, 2, 1), 2, {None: 10 / math.cos(math.pi / 24), 2: 4, 3: 8, 4: 8, 5: 10}),
         ((3,), 1, {None: 3, 1: 3, 100: 3}),
+        # 24 points are no fewer than 24.
+        ((1, 1, 1), 1, {22: 3, 23: 3 / math.cos(math.pi / 24)}),
         ((0, 0, 0), 1, {None: 0, 1: 0}),
     ],
 )
@@ -353,6 +363,12 @@ def test_norms_by_hand(taps, dilation, lengths):
     weight = np.array([[taps]], dtype=np.float64)
     for length, norm in lengths.items():
         assert_bounds(conv_norm_bound(weight, length=length, dilation=dilation), norm)
+
+
+def test_a_norm_is_that_of_the_weights_in_float64():
+    weight = np.random.default_rng(0).standard_normal((3, 2, 5)).astype(np.float32)
+    assert conv_norm_bound(weight) == conv_norm_bound(weight.astype(np.float64))
+    assert conv_norm_bound(np.ones((0, 2, 3))) == conv_norm_bound(np.ones((2, 0, 3))) == 0
 
 
 def test_a_norm_between_every_other_sample_counts():
@@ -424,6 +440,8 @@ def test_the_gain_of_a_stack_is_a_product():
     found = stack_gain([scalars(1, 1), scalars(1, 2), scalars(-1, 1)])
     assert_bounds(found.norm, 2 * 3 * 1)
     assert_bounds(found.departure, 2 * 3 * 2 - 1)
+    wide = Block((plain([[[1, 1, 1, 1, 1]]]),), plain([[[1]]]))
+    assert_bounds(stack_gain([wide, wide], length=1).norm, 2 * 2)
     assert_bounds(stack_gain([]).norm, 1)
     assert stack_gain([]).departure < 1e-15
 
@@ -437,6 +455,15 @@ def test_the_gain_balances_what_goes_into_the_fusion_with_what_comes_out():
     assert_bounds(block_gain(block).departure, 2 * math.sqrt(2**2 + 4**2))
     block = Block((plain([[[4]]]), plain([[[0]]])), plain([[[1], [1]]]))
     assert_bounds(block_gain(block).departure, math.sqrt(2**2 + 1**2) * 2)
+
+
+def test_small_channels_are_balanced_too_and_dropped_ones_go_nowhere():
+    block = Block((plain([[[1 / 16]]]), plain([[[4 / 16]]])), plain([[[4 / 16], [1 / 16]]]))
+    assert_bounds(block_gain(block).departure, 8 / 16**2)
+    assert_bounds(block_gain(block, dropout=0.5).departure, 16 / 16**2)
+    found = block_gain(block, dropout=1.0)
+    assert_bounds(found.norm, 1)
+    assert found.departure == 0
 
 
 def test_branches_of_different_kernels_are_centred():
@@ -473,6 +500,10 @@ def test_in_training_the_gain_is_that_of_the_least_variance_and_of_the_channels_
     for dropout, departure in ((0.0, 6), (0.75, 24), (1.0, 0)):
         found = block_gain(block, statistics=statistics, dropout=dropout)
         assert_bounds(found.departure, departure)
+        assert_bounds(found.norm, 1 + departure)
+        # A stack takes the statistics of each block's own layers.
+        trained = SimpleNamespace(statistics=((), statistics))
+        found = stack_gain([scalars(0, 0), block], trained=trained, dropout=dropout)
         assert_bounds(found.norm, 1 + departure)
 
 
@@ -584,9 +615,26 @@ def test_what_may_overflow_has_no_bound():
         assert_is(found, x.value[0].tolist(), bound)
 
 
+SUMS = "^error_bound knows sums of two tensors without a factor"
+
+
+@pytest.mark.parametrize("alpha", [2, -1])
+def test_sums_with_a_factor_or_a_number_have_no_bound(alpha):
+    x = approximation([(1,)], [(0,)])
+    for b, factor in ((x, alpha), (1.0, 1), (1.0, alpha)):
+        with pytest.raises(UnknownOperationError, match=SUMS):
+            rounding._add(FORMATS["float64"], x, b, alpha=factor)
+
+
 def test_a_relu_cuts_off_what_is_surely_negative():
     x = approximation([(2, -1, -1, 0)], [(0.5, 0.5, 3, 1)])
     assert_is(rounding._relu(FORMATS["float64"], x), [(2, 0, 0, 0)], [(0.5, 0, 2, 1)])
+
+
+def test_a_concatenation_is_one_of_samples_unless_said():
+    x = approximation([(1,)], [(0.5,)])
+    found = rounding._cat(FORMATS["float64"], [x, x])
+    assert found.exact.shape == found.bound.shape == (2, 1, 1)
 
 
 class Joined(nn.Module):

@@ -21,7 +21,7 @@ from rescnn_verify.networks import certify, make_real, values_of
 from rescnn_verify.oracles import real as reals
 from rescnn_verify.oracles.integer import exact_pass
 from rescnn_verify.oracles.layers import Block, Layer, UnsupportedLayerError, read_network
-from rescnn_verify.oracles.real import real_pass
+from rescnn_verify.oracles.real import Bounded, real_pass
 from rescnn_verify.probes import as_input
 from rescnn_verify.subject import DTYPES, environment
 
@@ -1489,6 +1489,37 @@ def test_what_cancels_in_a_training_gradient_counts(v, in_range):
 def test_a_pass_over_nothing_reaches_nothing(v):
     network = (Block((IDENTITY,), IDENTITY),)
     assert real_pass(network, row(0), v=v, form=replace(UNROUNDED, largest=5e-324)).in_range
+
+
+@pytest.mark.parametrize(
+    ("branch", "largest"), [(tap(7.5, scale=1 / 8), 8.0), (tap(1.0, scale=8.0), 14.0)]
+)
+def test_what_a_value_may_be_off_by_counts(branch, largest):
+    """A product and its bias lose 2/4, so 7.5 may be 8; behind the norm 1 is off by 3/4."""
+    network = (Block((branch,), tap(1 / 8)),)
+    for most, in_range in ((largest, False), (math.nextafter(largest, 16.0), True)):
+        form = replace(UNROUNDED, smallest=1 / 4, largest=most)
+        assert real_pass(network, row(1), form=form).in_range is in_range
+
+
+def test_a_variance_that_may_just_be_as_far_off_as_it_is_large_has_no_bound():
+    """Values off by 2/4 have a mean off by as much: deviations off by 1, and so is the variance."""
+    for eps, bounded in ((1.0, False), (2.0, True)):
+        network = (Block((replace(IDENTITY, eps=eps),), replace(IDENTITY, eps=2.0**20)),)
+        found = real_pass(network, row(1, 1), train=True, form=replace(UNROUNDED, smallest=1 / 4))
+        assert np.isfinite(found.out.error).all() == bounded
+
+
+def test_a_relu_cuts_off_what_is_surely_negative():
+    cut = reals._relu(Bounded(np.array([2.0, -1.0, -1.0, 0.0]), np.array([0.5, 0.5, 3.0, 1.0])))
+    assert cut.value.tolist() == [2, 0, 0, 0]
+    assert cut.error.tolist() == [0.5, 0, 2, 1]
+
+
+@pytest.mark.parametrize(("x", "kink"), [(0, True), (1, False), (-1, False)])
+def test_a_relu_at_exactly_0_is_a_kink_even_without_round_off(x, kink):
+    network = (Block((IDENTITY,), IDENTITY),)
+    assert real_pass(network, row(x), form=UNROUNDED).kink is kink
 
 
 def test_what_an_earlier_block_reaches_counts():
