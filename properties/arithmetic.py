@@ -5,18 +5,19 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from rescnn_verify.bounds.roundoff import FORMATS, UNIT
 from rescnn_verify.compare import Falsified, equal, same_bits, within
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify, make_real, values_of
 from rescnn_verify.oracles.layers import read_network
 from rescnn_verify.oracles.real import Bounded, real_pass
-from rescnn_verify.probes import as_input
-from rescnn_verify.space import INPUTS, Choice, Integers
+from rescnn_verify.probes import as_input, normal_input, randomise
+from rescnn_verify.space import INPUTS, Choice, Integers, Lists
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import CONTEXTS, kernel_sets, onednn
 
 REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM)
-EVAL = INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 33))
+EVAL = INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 130))
 
 
 @statement(
@@ -72,10 +73,12 @@ def _same_as_numpy(subject, case):
     found = certify(subject.handles(model, case), case, bits="forward_bits")
     if found is None:
         return
+    context = str(case.rng("context").choice(list(CONTEXTS)))
     for enabled in kernel_sets(case):
-        with onednn(enabled), torch.no_grad():
+        with onednn(enabled), CONTEXTS[context]():
             out = subject(model, as_input(case, found.x))
-        yield same_bits(out, found.expected.out, "output of an integer network, against NumPy")
+        what = f"output of an integer network under {context}, against NumPy"
+        yield same_bits(out, found.expected.out, what)
 
 
 @statement(
@@ -155,8 +158,8 @@ def real_networks_are_within_their_bound(subject, case):
 
 @statement(
     space=INPUTS.narrow(
-        dtype=Choice("float64"), mode=Choice("train"), length=Integers(1, 300),
-        batch=Integers(1, 17), magnitude=Choice(1.0, 1e-6, 1e3, 1e-3), spread=Choice(False),
+        dtype=Choice("float64"), mode=Choice("train"), length=Integers(1, 1100),
+        batch=Integers(1, 130), magnitude=Choice(1.0, 1e-6, 1e3, 1e-3), spread=Choice(False),
         dropout=Choice(0.0), counted=Choice(0, 1, 9, 100, 1000, 10**6), context=Choice(*CONTEXTS),
     ),
     needs=(*REFERENCE, DIRECT),
@@ -172,10 +175,9 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
     """
     model = subject.model(case)
     blocks = subject.handles(model, case)
-    norms = [layer.norm for block in blocks for layer in block.layers]
     network = make_real(blocks, case, case["magnitude"])
-    for norm in norms:
-        norm.num_batches_tracked.fill_(case["counted"])
+    for layer in (layer for block in blocks for layer in block.layers):
+        layer.norm.num_batches_tracked.fill_(case["counted"])
     x = _real_input(case)
     with CONTEXTS[case["context"]]():
         out = subject(model, as_input(case, x))
@@ -183,28 +185,62 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
     if not np.isfinite(expected.out.error).all():
         return  # a channel is constant over the batch but for round-off
     yield within(out, expected.out, "output in train mode, against the reference")
-    after = [int(norm.num_batches_tracked) for norm in norms]
-    yield equal(after, [case["counted"] + 1] * len(norms), "num_batches_tracked of every norm")
+    yield from _learned(case["counted"], blocks, network, expected, case.dtype)
+
+
+def _learned(counted, blocks, network, expected, dtype):
+    """The norms of a model have learned from one batch what the reference has."""
     for i, (block, before, learned) in enumerate(
         zip(blocks, network, expected.statistics, strict=True)
     ):
         layers = (*before.branches, before.fusion)
         for j, (handle, old, new) in enumerate(zip(block.layers, layers, learned, strict=True)):
             where = f"of norm {j} of block {i}"
-            u = np.longdouble(2.0**-53)
+            after = int(handle.norm.num_batches_tracked)
+            yield equal(after, counted + 1, f"num_batches_tracked {where}")
             for name, start, batch, got in (
                 ("running mean", old.mean, new.mean, handle.norm.running_mean),
                 ("running variance", old.variance, new.variance, handle.norm.running_var),
             ):
                 moved = np.longdouble(0.9) * start + np.longdouble(0.1) * batch.value
-                # 0.1 and 1 − 0.1 as doubles, two products, a sum and the factor m/(m − 1).
-                error = 0.1 * batch.error + 10 * u * (np.abs(start) + batch.most)
-                yield within(got, Bounded(moved, error), f"{name} {where}")
+                # 0.1 and 1 − 0.1 in the dtype, two products, a sum and the factor m/(m − 1).
+                own = 10 * np.longdouble(UNIT[dtype]) * (np.abs(start) + batch.most)
+                yield within(got, Bounded(moved, 0.1 * batch.error + own), f"{name} {where}")
 
 
 @statement(
     space=INPUTS.narrow(
-        dtype=Choice("float64"), length=Integers(1, 300), batch=Integers(1, 17),
+        mode=Choice("train"), dtype=Choice("float32", "bfloat16", "float16"),
+        channels=Integers(1, 3), num_blocks=Choice(1), kernel_sizes=Lists(Choice(3, 1, 5), 1, 2),
+        dropout=Choice(0.0), batch=Choice(5, 130), length=Choice(9, 512), context=Choice(*CONTEXTS),
+    ),
+    needs=(*REFERENCE, DIRECT),
+    evidence="bounded",
+    effort=0.4,
+)  # fmt: skip
+def training_on_many_values_is_within_the_bound(subject, case):
+    """The same in the other dtypes, on batches of up to 66,560 values per channel.
+
+    So many are more than float16 can count, and more than bfloat16 can add up.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    randomise(model, case.rng("weights"))
+    network = read_network(blocks)
+    counted = int(blocks[0].fusion.norm.num_batches_tracked)
+    x = normal_input(case)
+    with CONTEXTS[case["context"]]():
+        out = subject(model, x)
+    expected = _reference(network, x.cpu().double().numpy(), train=True, form=FORMATS[case.dtype])
+    if not (expected.in_range and np.isfinite(expected.out.error).all()):
+        return
+    yield within(out, expected.out, "output in train mode, against the reference")
+    yield from _learned(counted, blocks, network, expected, case.dtype)
+
+
+@statement(
+    space=INPUTS.narrow(
+        dtype=Choice("float64"), length=Integers(1, 600), batch=Integers(1, 130),
         magnitude=Choice(1.0, 1e-6, 1e3, 1e-3), spread=Choice(False, True), dropout=Choice(0.0),
     ),
     needs=(*REFERENCE, DIRECT),

@@ -23,7 +23,7 @@ from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import seed_torch
 
-SMALL = INPUTS.narrow(batch=Integers(1, 33), length=Integers(1, 600))
+SMALL = INPUTS.narrow(batch=Integers(1, 130), length=Integers(1, 600))
 NO_RANDOM_DROPOUT = Constraint(
     "no random dropout", lambda c: c.mode == "eval" or c.dropout in (0.0, 1.0)
 )
@@ -145,38 +145,80 @@ def gradients_do_not_change_the_output(subject, case):
     yield same_bits(subject(model, leaf), out, "output for an input that requires a gradient")
 
 
+#: What people freeze: parts of the architecture, or any parameters.
+FROZEN = (
+    "all", "half", "a tenth", "convolutions", "norms", "branches", "fusions",
+    "convolutions of branches", "norms of branches", "first block", "all but the first block",
+    "last block", "all but the last block", "weights", "biases",
+)  # fmt: skip
+
+
 @statement(
-    space=SMALL.narrow(mode=Choice("eval"), dtype=WIDE),
+    space=SMALL.narrow(
+        mode=Choice("eval"), dtype=WIDE, frozen=Choice(*FROZEN), input=Choice("wanted", "unwanted"),
+    ),
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
-    work=2**16,
-    effort=0.5,
-)
+    work=2**16, effort=0.7)  # fmt: skip
 def freezing_parameters_changes_no_other_gradient(subject, case):
     """With some or all parameters frozen the other gradients are what they were.
 
-    To the bit on a certified integer network. Fine-tuning, attribution and adversarial inputs all
-    depend on it.
+    To the bit on a certified integer network, whether or not the input's gradient is wanted.
+    Fine-tuning, attribution and adversarial inputs all depend on it.
     """
     model = subject.model(case)
-    found = certify(subject.handles(model, case), case, bits="weight_bits", kinkless=True)
+    blocks = subject.handles(model, case)
+    found = certify(blocks, case, bits="weight_bits", kinkless=True)
     if found is None:
         return
     x, v = as_input(case, found.x), torch.from_numpy(found.v)
     _, expected = subject.vjp(model, x, v)
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    rng = case.rng("frozen")
-    share = float(rng.choice([1.0, 0.5, 0.1]))
+    frozen = _frozen(case["frozen"], model, blocks, case.rng("frozen"))
     for p in model.parameters():
         p.grad = None
-        p.requires_grad_(rng.random() >= share)
-    _, gradient = subject.vjp(model, x, v)
-    yield same_bits(gradient, expected, "gradient at the input with parameters frozen")
+        p.requires_grad_(p not in frozen)
+    if case["input"] == "wanted":
+        _, gradient = subject.vjp(model, x, v)
+        yield same_bits(gradient, expected, "gradient at the input with parameters frozen")
+    elif any(p.requires_grad for p in model.parameters()):
+        out = subject(model, x)
+        subject.backward(out, v.to(out))
+    else:
+        return
     for name, p in model.named_parameters():
         if not p.requires_grad:
             yield equal(p.grad, None, f"gradient of the frozen {name}")
         elif gradients[name] is not None:
             got = torch.full_like(p, torch.nan) if p.grad is None else p.grad
             yield same_bits(got, gradients[name], f"gradient of {name} with others frozen")
+
+
+def _frozen(which, model, blocks, rng):
+    """The parameters that are to be frozen, as a set."""
+    if which in ("all", "half", "a tenth"):
+        share = {"all": 1.0, "half": 0.5, "a tenth": 0.1}[which]
+        return {p for p in model.parameters() if rng.random() < share}
+    return {
+        p
+        for i, block in enumerate(blocks)
+        for j, layer in enumerate(block.layers)
+        for module in (layer.conv, layer.norm)
+        for name, p in module.named_parameters(recurse=False)
+        if {
+            "convolutions": module is layer.conv,
+            "norms": module is layer.norm,
+            "branches": j < len(block.branches),
+            "fusions": j == len(block.branches),
+            "convolutions of branches": module is layer.conv and j < len(block.branches),
+            "norms of branches": module is layer.norm and j < len(block.branches),
+            "first block": i == 0,
+            "all but the first block": i > 0,
+            "last block": i == len(blocks) - 1,
+            "all but the last block": i < len(blocks) - 1,
+            "weights": name == "weight",
+            "biases": name == "bias",
+        }[which]
+    }
 
 
 @statement(

@@ -14,10 +14,10 @@ from rescnn_verify.space import INPUTS, Choice, Integers, Space
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import CONTEXTS, DTYPES, seed_everything
 
-SMALL = INPUTS.narrow(batch=Integers(1, 33), length=Integers(1, 1100))
+SMALL = INPUTS.narrow(batch=Integers(1, 130), length=Integers(1, 1100))
 
 
-@statement(space=SMALL.narrow(context=Choice(*CONTEXTS)))
+@statement(space=SMALL.narrow(context=Choice(*CONTEXTS)), effort=0.6, inputs=16)
 def input_is_unchanged(subject, case):
     """The input holds the same values after a call, under grad, no_grad and inference mode."""
     model = subject.model(case)
@@ -32,7 +32,9 @@ def input_is_unchanged(subject, case):
         yield same_bits(x, before, "input after backward")
 
 
-@statement(space=SMALL.narrow(device=Choice("cpu"), layout=Choice("contiguous")))
+@statement(
+    space=SMALL.narrow(device=Choice("cpu"), layout=Choice("contiguous")), effort=0.4, inputs=16
+)
 def input_is_not_kept(subject, case):
     """After a call nothing keeps the input's memory: no attribute, view, cache or graph.
 

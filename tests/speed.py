@@ -76,7 +76,8 @@ def naive(mode: str, examples: int) -> float:
 
 def suite(mode: str, trials: int) -> float:
     """Checks per second of the engine."""
-    prop = statement(space=SMALL.narrow(mode=Choice(mode)))(same_shape_and_finite)
+    space = SMALL.narrow(mode=Choice(mode))
+    prop = statement(space=space, inputs=16)(same_shape_and_finite)
     start = time.perf_counter()
     outcome = search_property(prop, load("rescnn:ResCNNStack"), Search(sampled=trials), seed=0)
     assert outcome.verdict == HELD, outcome

@@ -133,7 +133,9 @@ def _draw_case(draw: Draw, config: Config, shared: dict[str, Any], space: Space,
     values = dict(shared)
     cost = multiply_adds(config)
     extra: list[tuple[str, Any]] = []
-    for name, other in (("length", _least(space.get("batch"))), ("batch", 1)):
+    # What is drawn first can be large, what comes then has what is left of the work.
+    first, second = ("batch", "length") if draw.integer(0, 1) else ("length", "batch")
+    for name, other in ((first, _least(space.get(second))), (second, 1)):
         size = space.get(name)
         if isinstance(size, Integers):
             affordable = max(size.low, 1, work // (cost * other))

@@ -311,7 +311,7 @@ class _Run:
             dear = not self.target.promises_everything and number % DEAR_EVERY == 0
             work = self.prop.work * (DEAR if dear else 1)
             try:
-                trial = draw_trial(draw, self.space, work=work, any_config=self._any_config)
+                trial = self._draw(draw, work)
             except NoCase:
                 self.tally.discarded += 1
                 if over():
@@ -348,7 +348,12 @@ class _Run:
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         )
-        cases = trials(self.space, work=self.prop.work, any_config=self._any_config)
+        cases = trials(
+            self.space,
+            max_size=self.prop.inputs,
+            work=self.prop.work,
+            any_config=self._any_config,
+        )
         try:
             seed(self.seed)(run(given(cases)(steered)))()
         except Flaky:
@@ -358,6 +363,11 @@ class _Run:
         except Unsatisfiable:
             self.tally.discarded += 1
 
+    def _draw(self, draw: RandomDraw, work: int) -> Trial:
+        return draw_trial(
+            draw, self.space, max_size=self.prop.inputs, work=work, any_config=self._any_config
+        )
+
     def _has_cases(self) -> bool:
         """Whether cases can be drawn: Hypothesis takes long to find out that none can."""
         if self.tally.cases:
@@ -365,7 +375,7 @@ class _Run:
         draw = RandomDraw(self.seed)
         for _ in range(3):
             with suppress(NoCase):
-                draw_trial(draw, self.space, work=self.prop.work, any_config=self._any_config)
+                self._draw(draw, self.prop.work)
                 return True
         return False
 

@@ -51,6 +51,7 @@ class Property:
         work: most multiply-adds that a forward pass of one case may cost.
         effort: how many times a profile's number of trials; cheap ones afford more, and what
             would take longest gets by with fewer.
+        inputs: most cases that share a built model; where a case costs less than a model, many.
         slow: whether only the thorough profile runs it.
         exhaustive: whether the thorough profile runs every case of its space, which then is not
             narrowed by the target's: for statements about all who follow the contract.
@@ -63,6 +64,7 @@ class Property:
     documented: bool
     work: int
     effort: float
+    inputs: int
     slow: bool
     exhaustive: bool
 
@@ -126,13 +128,16 @@ def statement(
     documented: bool = False,
     work: int = WORK,
     effort: float = 1.0,
+    inputs: int = 4,
     slow: bool = False,
     exhaustive: bool = False,
 ) -> Callable[[Check], Property]:
     """Makes a generator function of (subject, case) a `Property`, its docstring the statement."""
 
     def wrap(check: Check) -> Property:
-        return Property(check, space, needs, evidence, documented, work, effort, slow, exhaustive)
+        return Property(
+            check, space, needs, evidence, documented, work, effort, inputs, slow, exhaustive
+        )
 
     return wrap
 

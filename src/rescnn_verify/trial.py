@@ -14,7 +14,7 @@ from rescnn_verify.compare import Falsified, describe
 from rescnn_verify.coverage import pairs_of
 from rescnn_verify.journal import Journal
 from rescnn_verify.statement import Property
-from rescnn_verify.subject import NotApplicable, Subject
+from rescnn_verify.subject import NotApplicable, Subject, has_onednn, onednn
 from rescnn_verify.target import Target, TargetError
 
 __all__ = ["Tally", "run_trial"]
@@ -67,7 +67,7 @@ def run_trial(
             tally.architectures.add(case.config)
             tally.pairs |= pairs_of(case)
         try:
-            with journal.running(case, i) if journal else nullcontext():
+            with journal.running(case, i) if journal else nullcontext(), onednn(has_onednn(case)):
                 for comparison in prop.check(subject, case):
                     if tally is not None:
                         tally.assertions += 1

@@ -200,3 +200,22 @@ class DropsPairs(Stack):
 class BlockDropsElements(Block):
     def make_dropout(self):
         return nn.Dropout(self.p)
+
+
+@wrong(
+    "dropout",
+    "channels-last inputs lose whole positions instead of whole channels",
+    trigger=lambda case: (
+        case.layout == "transposed" and case.mode == "train" and 0 < case.dropout < 1
+    ),
+)
+class ChannelsLastDropsPositions(Stack):
+    class Block(Block):
+        def forward(self, x):
+            self.last = x.stride(1) == 1 and x.shape[2] > 1
+            return super().forward(x)
+
+        def drop(self, y):
+            if self.last:
+                return super().drop(y.transpose(1, 2)).transpose(1, 2)
+            return super().drop(y)

@@ -293,3 +293,12 @@ class ChangesIncomingGradient(Stack):
         def forward(self, x):
             self.check_input(x)
             return AddReluInPlace.apply(self.fuse(self.join(self.run_branches(x))), x)
+
+
+@wrong("gradients", "frozen convolutions take the norms behind them along")
+class FrozenConvolutionsFreezeNorms(Stack):
+    class Block(Block):
+        def run_branches(self, x):
+            learns = x.requires_grad or any(b[0].weight.requires_grad for b in self.branches)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                return super().run_branches(x)

@@ -253,3 +253,33 @@ class LearnsOnlyWithGradients(Stack):
             if not norm.training or torch.is_grad_enabled():
                 return norm(x)
             return functional(norm, x, running_mean=None, running_var=None)
+
+
+@wrong(
+    "modes",
+    "without gradients big batches are split, each part with statistics of its own",
+    trigger=lambda case: case.mode == "train" and case.batch > 64,
+)
+class SplitsBatchesWithoutGradients(Stack):
+    def forward(self, x):
+        if torch.is_grad_enabled() or len(x) <= 64:
+            return super().forward(x)
+        return torch.cat([super(type(self), self).forward(part) for part in x.split(64)])
+
+
+@wrong(
+    "modes",
+    "values are counted in the input's dtype, and float16 cannot count that far",
+    trigger=lambda case: (
+        case.mode == "train" and case.dtype == "float16" and case.batch * case.length >= 65520
+    ),
+)
+class CountsInInputDtype(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            y = norm(x)
+            count = torch.tensor(float(x.shape[0] * x.shape[2]), dtype=x.dtype)
+            if norm.training and count.isinf():
+                with torch.no_grad():
+                    norm.running_var.mul_(count / (count - 1))
+            return y
