@@ -6,7 +6,7 @@ from rescnn_verify.bounds.rounding import convolve, exactly, normalise
 from rescnn_verify.bounds.roundoff import FORMATS
 from rescnn_verify.compare import within
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
-from rescnn_verify.oracles.layers import read_network
+from rescnn_verify.oracles.layers import gradients_beside, read_network
 from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import as_input, normal_input, own_calls, randomise
 from rescnn_verify.space import INPUTS, Choice, Integers
@@ -73,7 +73,7 @@ def _output_is_within(subject, case):
     evidence="bounded",
     work=2**15, effort=0.8)  # fmt: skip
 def gradients_are_within_the_bound(subject, case):
-    """In float32 Jᵀv is within the running error bound, in either mode.
+    """In float32 Jᵀv and every parameter's gradient are within their bounds, in either mode.
 
     Cases in which round-off may switch a ReLU are left out, and so is dropout.
     """
@@ -85,10 +85,14 @@ def gradients_are_within_the_bound(subject, case):
     if exact.kink or not exact.in_range:
         return
     for enabled in kernel_sets(case):
+        for parameter in model.parameters():
+            parameter.grad = None
         with onednn(enabled):
             out, gradient = subject.vjp(model, x, v)
         yield within(out, exact.out, f"output in {case.mode} mode, against the reference")
         yield within(gradient, exact.input_gradient, "gradient at the input, against the reference")
+        for what, gradient, bounded in gradients_beside(blocks, exact.gradients):
+            yield within(gradient, bounded, what)
 
 
 @statement(

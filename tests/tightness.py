@@ -22,8 +22,8 @@ from rescnn_verify.bounds.rounding import convolve, exactly, normalise
 from rescnn_verify.bounds.roundoff import FORMATS, TF32
 from rescnn_verify.case import Case
 from rescnn_verify.handles import contract_handles
-from rescnn_verify.oracles.layers import read_network
-from rescnn_verify.oracles.real import RealPass, real_pass
+from rescnn_verify.oracles.layers import gradients_beside, read_network
+from rescnn_verify.oracles.real import RealPass, real_pass, running_statistics
 from rescnn_verify.probes import randomise, shrink_fusion
 from rescnn_verify.subject import DTYPES, environment, onednn, seed_torch
 
@@ -127,8 +127,36 @@ def gradients(dtype: str) -> Callable[[np.random.Generator], Ratios]:
             x.requires_grad_()
             model(x).backward(v)
             yield _worst(x.grad, exact.input_gradient.value, exact.input_gradient.error)
+            for _, gradient, own in gradients_beside(
+                contract_handles(model, case), exact.gradients
+            ):
+                yield _worst(gradient, own.value, own.error)
 
-    ratios.__doc__ = f"A stack's input gradient in {dtype}, in both modes, over its bound."
+    ratios.__doc__ = f"A stack's gradients in {dtype}, in both modes, over their bounds."
+    return ratios
+
+
+def statistics(dtype: str) -> Callable[[np.random.Generator], Ratios]:
+    def ratios(rng: np.random.Generator) -> Ratios:
+        model, case = _model(rng, dtype, 12, 120)
+        blocks = contract_handles(model.train(), case)
+        network = read_network(blocks)
+        x = torch.from_numpy(rng.standard_normal((9, *case.shape[1:]))).to(DTYPES[dtype])
+        exact = _reference(model, case, x, train=True)
+        with torch.no_grad():
+            model(x)
+        for block, before, learned in zip(blocks, network, exact.statistics, strict=True):
+            layers = (*before.branches, before.fusion)
+            for handle, old, new in zip(block.layers, layers, learned, strict=True):
+                mean, variance = running_statistics(old, new, FORMATS[dtype])
+                for got, own in (
+                    (handle.norm.running_mean, mean),
+                    (handle.norm.running_var, variance),
+                ):
+                    if exact.in_range and np.isfinite(own.error).all():
+                        yield _worst(got, own.value, own.error)
+
+    ratios.__doc__ = f"Running statistics in {dtype} after a training batch, over their bounds."
     return ratios
 
 
@@ -184,6 +212,7 @@ BOUNDS: dict[str, Callable[[np.random.Generator], Ratios]] = {
     "departure": departures,
     **{f"output, {dtype}": outputs(dtype) for dtype in FORMATS},
     **{f"gradient, {dtype}": gradients(dtype) for dtype in ("float64", "float32")},
+    **{f"statistics, {dtype}": statistics(dtype) for dtype in FORMATS},
     **{f"layer, {dtype}": layers(dtype) for dtype in FORMATS},
     "output, TF32": tf32_outputs,
 }

@@ -215,7 +215,7 @@ def multiply_adds(config: Config) -> int:
 
 def layers(config: Config) -> int:
     """Convolutions of the reference architecture."""
-    return config.num_blocks * (config.branches + 1)
+    return int(config.num_blocks * (config.branches + 1))
 
 
 def _integer(draw: Draw, low: int, high: int, *, small: int, corners: Sequence[int] = ()) -> int:

@@ -109,7 +109,7 @@ def _grow(
 def _data(case: Case, most: int) -> tuple[np.ndarray, np.ndarray]:
     x = case.rng("integer input").integers(-most, most + 1, case.shape).astype(np.float64)
     v = case.rng("integer gradient").integers(-2, 3, case.shape).astype(np.float64)
-    return values_of(case, x), v
+    return values_of(case, x), values_of(case, v)
 
 
 def values_of(case: Case, values: np.ndarray) -> np.ndarray:

@@ -82,7 +82,7 @@ def block_gain(
     block: Block,
     *,
     length: int | None = None,
-    statistics: Sequence[TrainStatistics] = (),
+    statistics: Sequence[TrainStatistics | None] = (),
     dropout: float = 0.0,
 ) -> Gain:
     """The gain of one block y = relu(x + F relu(W x)), norms folded into F and W.
@@ -126,12 +126,13 @@ def _half(fusion: Array, branches: Array, length: int | None) -> float:
     return conv_norm_bound(product, length=length) + off * (1 + gamma(terms.size + 8))
 
 
-def _slope(layer: Layer, place: int, statistics: Sequence[TrainStatistics]) -> Array:
+def _slope(layer: Layer, place: int, statistics: Sequence[TrainStatistics | None]) -> Array:
     """The factor of a norm in each channel, rounded up in magnitude."""
     variance = layer.variance
-    if statistics:
+    batch = statistics[place] if statistics else None
+    if batch is not None:
         # The biased variance from below: that of the statistics is unbiased, so larger.
-        learned = statistics[place].biased
+        learned = batch.biased
         variance = np.maximum(0, (learned.value - learned.error).astype(np.float64))
     slope: Array = layer.scale / np.sqrt(variance + layer.eps) * (1 + gamma(8))
     return slope

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rescnn_verify.compare import NotApplicable
+from rescnn_verify.compare import Falsified, NotApplicable
 from rescnn_verify.handles import BlockHandles, ConvNorm
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "check_layers",
     "column",
     "columns_of",
+    "gradients_beside",
     "read_network",
     "rows_of",
     "transposed",
@@ -46,6 +47,7 @@ class Layer:
         bias: shape (out,); zero for a convolution without.
         scale, shift, mean, variance: of the norm, shape (out,).
         eps: of the norm.
+        frozen: whether the norm keeps to its statistics while the model trains.
     """
 
     weight: Array
@@ -55,6 +57,7 @@ class Layer:
     mean: Array
     variance: Array
     eps: float
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,30 @@ def check_layers(blocks: Sequence[BlockHandles]) -> None:
                 raise UnsupportedLayerError(f"{conv} stands where {inputs} channels come in")
     if len({block.fusion.conv.weight.shape[0] for block in blocks}) > 1:
         raise UnsupportedLayerError("the blocks have different numbers of channels")
+
+
+def gradients_beside(
+    blocks: Sequence[BlockHandles], expected: Sequence[Sequence[Gradients[T]]]
+) -> Iterator[tuple[str, Tensor, T]]:
+    """Each parameter's name and gradient, beside what is expected of it.
+
+    Raises:
+        Falsified: it has none.
+    """
+    for i, (block, layers) in enumerate(zip(blocks, expected, strict=True)):
+        for j, (layer, own) in enumerate(zip(block.layers, layers, strict=True)):
+            for kind, parameter, gradient in (
+                ("weight", layer.conv.weight, own.weight),
+                ("bias", layer.conv.bias, own.bias),
+                ("scale", layer.norm.weight, own.scale),
+                ("shift", layer.norm.bias, own.shift),
+            ):
+                if parameter is None:
+                    continue
+                what = f"gradient of {kind} {j} of block {i}"
+                if parameter.grad is None:
+                    raise Falsified(what, "a tensor", "None")
+                yield what, parameter.grad, gradient
 
 
 def _read_layer(layer: ConvNorm) -> Layer:

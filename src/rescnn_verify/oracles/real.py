@@ -20,7 +20,7 @@ from rescnn_verify.oracles.layers import (
     transposed,
 )
 
-__all__ = ["Bounded", "RealPass", "TrainStatistics", "real_pass"]
+__all__ = ["Bounded", "RealPass", "TrainStatistics", "real_pass", "running_statistics"]
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,36 @@ class TrainStatistics:
     biased: Bounded
 
 
+def running_statistics(
+    layer: Layer, batch: TrainStatistics, form: Format = FLOAT64
+) -> tuple[Bounded, Bounded]:
+    """A norm's running mean and variance after a training batch, by the documented law.
+
+    0.9 times the old and 0.1 times the batch's, with at most ten roundings: 0.1 and 1 − 0.1 in the
+    format, two products, a sum and the factor m/(m − 1).
+
+    Args:
+        layer: with the statistics before.
+        batch: what a training pass made of the norm's input.
+        form: the format that the bounds are for.
+    """
+
+    def moved(old: Array, new: Bounded) -> Bounded:
+        value = form.exact("0.9") * old + form.exact("0.1") * new.value
+        own = 10 * form.exact(form.unit) * (np.abs(old) + new.most)
+        return Bounded(value, form.exact("0.1") * new.error + own + form.smallest)
+
+    return moved(layer.mean, batch.mean), moved(layer.variance, batch.variance)
+
+
 @dataclass(frozen=True)
 class RealPass:
     """Forward and backward pass of a real-valued network.
 
     Args:
         out: the output, shape of the input.
-        statistics: of the norms after a training pass, as in `ExactPass.gradients`; else empty.
+        statistics: of the norms after a training pass, as in `ExactPass.gradients`, None for a
+            frozen one; else empty.
         input_gradient: Jᵀv, None without v.
         gradients: of the parameters, as in `ExactPass`; empty without v.
         kink: whether some ReLU's input is so close to 0 that round-off may switch it.
@@ -72,7 +95,7 @@ class RealPass:
     """
 
     out: Bounded
-    statistics: tuple[tuple[TrainStatistics, ...], ...]
+    statistics: tuple[tuple[TrainStatistics | None, ...], ...]
     input_gradient: Bounded | None
     gradients: tuple[tuple[Gradients[Bounded], ...], ...]
     kink: bool
@@ -125,7 +148,7 @@ def real_pass(
         network: any finite weights.
         x: input, shape (batch, channels, length).
         v: vector of the vector-Jacobian product, of the same shape; None for the forward pass only.
-        train: normalise with the batch's own statistics (no dropout).
+        train: normalise with the batch's own statistics (no dropout), but for frozen norms.
         form: the format that the bounds are for. What is stored on the way may be rounded as often
             as a kernel has taps or a fusion has branches, and a few times more.
     """
@@ -148,7 +171,7 @@ def real_pass(
         tape.append((inside, fused, total))
         out = _relu(total)
     statistics = tuple(
-        tuple(step.statistics for step in (*inside, fused) if step.statistics is not None)
+        tuple(step.statistics for step in (*inside, fused)) if train else ()
         for inside, fused, _ in tape
     )
     if v is None:
@@ -220,7 +243,7 @@ def _real_layer(
     stored = kernel + parts + 2
     error = apply(columns.error, np.abs(weight), batch) + form.gamma(terms + 1, stored) * size
     z = Bounded(convolved, error + (terms + 1) * form.smallest)
-    if train:
+    if train and not layer.frozen:
         mean, variance, statistics = _batch_statistics(z, size, form)
     else:
         mean, variance = _given(layer.mean, form), _given(layer.variance, form)
@@ -302,7 +325,7 @@ def _real_back(
     total = g.value.sum(axis=axes)
     total_error = g.error.sum(axis=axes) + form.gamma(m, 2) * g.most.sum(axis=axes)
     core, core_error, core_size = g.value, g.error, g.most
-    if train:
+    if train and not layer.frozen:
         core = core - column(total / m) - n.value * column(along / m)
         core_error = (
             core_error + column(total_error / m) + np.abs(n.value) * column(along_error / m)
