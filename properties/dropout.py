@@ -91,6 +91,8 @@ def rate_and_independence(subject, case):
     yield _binomial(int((~kept).sum()), kept.size, p, f"channels dropped at dropout {p}")
     planes = kept.reshape(-1, *kept.shape[2:])
     names = [f"block {i} in call {j}" for i in range(case.num_blocks) for j in range(len(calls))]
+    for axis, along in ((1, "samples"), (2, "channels")):
+        yield _dispersed((~planes).sum(axis=axis), planes.shape[axis], p, along)
     for a, b in combinations_with_replacement(range(len(planes)), 2):
         yield _independent(planes[a], planes[b], p, f"masks of {names[a]} and {names[b]}", a == b)
 
@@ -104,6 +106,26 @@ def _binomial(successes, trials, probability, what):
     likely = trials * _divergence(successes / trials, probability) <= np.log(2 / ALPHA)
     return holds(
         bool(likely), what, f"about {probability:.3g} of {trials}", f"{successes} of {trials}"
+    )
+
+
+def _dispersed(counts, trials, p, along):
+    """Independent counts are not all closer to their mean than chance allows.
+
+    That all of K are within d of np has exactly the probability P(|X − np| ≤ d)^K, X binomial.
+    """
+    k = np.arange(trials + 1)
+    factorials = np.concatenate([[0.0], np.cumsum(np.log(k[1:]))])
+    log_masses = factorials[-1] - factorials - factorials[::-1]
+    masses = np.exp(log_masses + k * np.log(p) + k[::-1] * np.log(1 - p))
+    off = np.abs(k - trials * p)
+    most = off[counts].max()
+    within = min(1.0, float(masses[off <= most].sum()))
+    return holds(
+        counts.size * np.log(within) >= np.log(ALPHA),
+        f"numbers dropped over {along}",
+        f"spread about {trials * p:.3g} of {trials} as independent ones are",
+        f"none of {counts.size} off by more than {most:.3g}",
     )
 
 

@@ -12,10 +12,12 @@ from rescnn_verify.oracles.integer import exact_pass
 from rescnn_verify.oracles.layers import read_network
 from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import (
+    PARTS,
     as_input,
     fill,
     make_positive,
     normal_input,
+    part_of,
     randomise,
     shrink_fusion,
 )
@@ -108,14 +110,18 @@ def gradients_are_linear(subject, case):
     yield same_tensors(second, scaled, f"gradients for {factor} times v")
 
 
-@statement(space=SMALL, effort=0.6)
+@statement(space=SMALL.narrow(again=Choice("both passes", "backward alone")), effort=0.7)
 def accumulating_twice_doubles(subject, case):
     """Two backward passes without clearing give twice the gradient of one, to the bit.
 
-    The generator starts each forward pass in the same state, so the masks are the same, too.
+    Each behind a forward pass of its own, whose generator starts in the same state, so that the
+    masks are the same; or both through the graph of one.
     """
     once = _gradients(subject, case, 1.0)
-    twice = _gradients(subject, case, 1.0, passes=2)
+    if case["again"] == "both passes":
+        twice = _gradients(subject, case, 1.0, passes=2)
+    else:
+        twice = _gradients(subject, case, 1.0, through=2)
     doubled = {name: gradient + gradient for name, gradient in once.items()}
     yield same_tensors(twice, doubled, "gradients after two passes")
 
@@ -145,17 +151,9 @@ def gradients_do_not_change_the_output(subject, case):
     yield same_bits(subject(model, leaf), out, "output for an input that requires a gradient")
 
 
-#: What people freeze: parts of the architecture, or any parameters.
-FROZEN = (
-    "all", "half", "a tenth", "convolutions", "norms", "branches", "fusions",
-    "convolutions of branches", "norms of branches", "first block", "all but the first block",
-    "last block", "all but the last block", "weights", "biases",
-)  # fmt: skip
-
-
 @statement(
     space=SMALL.narrow(
-        mode=Choice("eval"), dtype=WIDE, frozen=Choice(*FROZEN), input=Choice("wanted", "unwanted"),
+        mode=Choice("eval"), dtype=WIDE, frozen=Choice(*PARTS), input=Choice("wanted", "unwanted"),
     ),
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
     work=2**16, effort=0.7)  # fmt: skip
@@ -173,7 +171,7 @@ def freezing_parameters_changes_no_other_gradient(subject, case):
     x, v = as_input(case, found.x), torch.from_numpy(found.v)
     _, expected = subject.vjp(model, x, v)
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    frozen = _frozen(case["frozen"], model, blocks, case.rng("frozen"))
+    frozen = part_of(model, blocks, case["frozen"], case.rng("frozen"))
     for p in model.parameters():
         p.grad = None
         p.requires_grad_(p not in frozen)
@@ -191,34 +189,6 @@ def freezing_parameters_changes_no_other_gradient(subject, case):
         elif gradients[name] is not None:
             got = torch.full_like(p, torch.nan) if p.grad is None else p.grad
             yield same_bits(got, gradients[name], f"gradient of {name} with others frozen")
-
-
-def _frozen(which, model, blocks, rng):
-    """The parameters that are to be frozen, as a set."""
-    if which in ("all", "half", "a tenth"):
-        share = {"all": 1.0, "half": 0.5, "a tenth": 0.1}[which]
-        return {p for p in model.parameters() if rng.random() < share}
-    return {
-        p
-        for i, block in enumerate(blocks)
-        for j, layer in enumerate(block.layers)
-        for module in (layer.conv, layer.norm)
-        for name, p in module.named_parameters(recurse=False)
-        if {
-            "convolutions": module is layer.conv,
-            "norms": module is layer.norm,
-            "branches": j < len(block.branches),
-            "fusions": j == len(block.branches),
-            "convolutions of branches": module is layer.conv and j < len(block.branches),
-            "norms of branches": module is layer.norm and j < len(block.branches),
-            "first block": i == 0,
-            "all but the first block": i > 0,
-            "last block": i == len(blocks) - 1,
-            "all but the last block": i < len(blocks) - 1,
-            "weights": name == "weight",
-            "biases": name == "bias",
-        }[which]
-    }
 
 
 @statement(
@@ -308,10 +278,13 @@ def passes_under_way_keep_apart(subject, case):
     """Two forward passes before the first backward have the gradients that each has alone.
 
     That is how siamese losses and gradient penalties are computed. What a pass leaves for its
-    backward belongs to that pass. Bitwise, because shapes and generator states are the same.
+    backward belongs to that pass, and the gradient it is given to the caller. Bitwise, because
+    shapes and generator states are the same.
     """
     inputs = [normal_input(case, f"input {i}") for i in range(2)]
     v = torch.from_numpy(case.rng("gradient").standard_normal(subject.output_shape(case)))
+    v = v.to(inputs[0])
+    before = v.clone()
 
     def forward(model, i):
         leaf = inputs[i].detach().clone().requires_grad_()
@@ -326,13 +299,14 @@ def passes_under_way_keep_apart(subject, case):
     alone = []
     for i in range(2):
         leaf, out = forward(prepared(), i)
-        subject.backward(out, v.to(out))
+        subject.backward(out, v)
+        yield same_bits(v, before, "the gradient that backward is given, after it")
         alone.append(leaf.grad)
     model = prepared()
     passes = [forward(model, i) for i in range(2)]
     for i in case.rng("order").permutation(2).tolist():
         leaf, out = passes[i]
-        subject.backward(out, v.to(out))
+        subject.backward(out, v)
         if leaf.grad is None or alone[i] is None:
             raise Falsified("gradient at the input", "a tensor", "None")
         yield same_bits(leaf.grad, alone[i], f"gradient of pass {i}, against that pass alone")
@@ -416,8 +390,13 @@ def _norm(values):
     return float(np.linalg.norm(values.astype(np.float64).ravel()))
 
 
-def _gradients(subject, case, factor, passes=1):
-    """Gradients of the input and every parameter for one v times a factor."""
+def _gradients(subject, case, factor, passes=1, through=1):
+    """Gradients of the input and every parameter for one v times a factor.
+
+    Args:
+        passes: how many forward passes.
+        through: how often backward goes through the graph of each.
+    """
     model = subject.model(case)
     randomise(model, case.rng("weights"))
     leaf = normal_input(case).detach().clone().requires_grad_()
@@ -425,7 +404,9 @@ def _gradients(subject, case, factor, passes=1):
     v = torch.from_numpy(v).to(leaf) * factor
     for _ in range(passes):
         seed_torch(case.seed)
-        subject.backward(subject(model, leaf), v)
+        out = subject(model, leaf)
+        for time in range(through):
+            subject.backward(out, v, keep=time < through - 1)
     named = [("the input", leaf), *model.named_parameters()]
     for name, tensor in named:
         if tensor.grad is None:

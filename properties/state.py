@@ -64,6 +64,7 @@ def initial_weights_are_not_degenerate(subject, case):
 def everything_moves_with_the_model(subject, case):
     """After `.to(dtype)` every floating parameter and buffer has the dtype, and forward works.
 
+    The parameters are the objects that they were, so that an optimizer goes on training them.
     Moved to the meta device every parameter and buffer is there, no operation mixes it with a
     floating-point tensor that stayed behind, and forward gives a meta tensor of the same shape. A
     forward pass that looks at its data cannot run there, which is no fault.
@@ -75,6 +76,12 @@ def everything_moves_with_the_model(subject, case):
     x = normal_input(case)
     with torch.no_grad():
         yield equal(subject(model, x).dtype, x.dtype, "output dtype")
+    before = dict(model.named_parameters())
+    to = torch.float32 if case.dtype == "float64" else torch.float64
+    attempt(f"moving the model to {to}", lambda: model.to(to))
+    new = [name for name, p in model.named_parameters() if p is not before.get(name)]
+    yield equal(new, [], f"parameters that are other objects after moving to {to}")
+    attempt("moving the model back", lambda: model.to(x.dtype))
     abstract = attempt("moving to the meta device", lambda: subject.build(case).to("meta"))
     subject.set_mode(abstract, "eval")
     tensors = [*abstract.named_parameters(), *abstract.named_buffers()]
@@ -264,9 +271,19 @@ class _Bound(torch.nn.Module):
 
 @statement(space=Space(), needs=(CONTRACT,), effort=0.5)
 def the_state_dict_names_every_tensor(subject, case):
-    """The state_dict has every parameter and buffer once, and no other tensor's memory."""
+    """The state_dict has every parameter and persistent buffer once, in its own memory.
+
+    (A buffer that is registered as not persistent holds what can be made anew; whether it is made,
+    the function of a loaded copy shows.)
+    """
     model = subject.build(case)
+    passing = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in passing}
     state = model.state_dict()
     yield equal(set(state), set(tensors), "names in the state_dict")
     for name, tensor in tensors.items():

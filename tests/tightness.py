@@ -138,7 +138,7 @@ def gradients(dtype: str) -> Callable[[np.random.Generator], Ratios]:
 
 def statistics(dtype: str) -> Callable[[np.random.Generator], Ratios]:
     def ratios(rng: np.random.Generator) -> Ratios:
-        model, case = _model(rng, dtype, 12, 120)
+        model, case = _model(rng, dtype, 12, 120)  # in 16 bits only the first block has bounds
         blocks = contract_handles(model.train(), case)
         network = read_network(blocks)
         x = torch.from_numpy(rng.standard_normal((9, *case.shape[1:]))).to(DTYPES[dtype])
@@ -153,7 +153,7 @@ def statistics(dtype: str) -> Callable[[np.random.Generator], Ratios]:
                     (handle.norm.running_mean, mean),
                     (handle.norm.running_var, variance),
                 ):
-                    if exact.in_range and np.isfinite(own.error).all():
+                    if np.isfinite(own.error).all():
                         yield _worst(got, own.value, own.error)
 
     ratios.__doc__ = f"Running statistics in {dtype} after a training batch, over their bounds."

@@ -139,6 +139,61 @@ def randomise(model: nn.Module, rng: np.random.Generator) -> None:
             fill(parameter, rng.uniform(-width, width, tuple(parameter.shape)))
 
 
+def with_small_variances(
+    blocks: Sequence[BlockHandles], rng: np.random.Generator, least: float
+) -> None:
+    """Gives norms variances from ``least`` to 1 and scales that make up for it.
+
+    The function stays what it is, but now eps is a noticeable part of it.
+    """
+    for norm in (layer.norm for block in blocks for layer in block.layers):
+        assert norm.running_var is not None
+        old = norm.running_var.detach().cpu().double().numpy()
+        new = least ** rng.random(len(old))
+        scale = norm.weight.detach().cpu().double().numpy()
+        fill(norm.running_var, new)
+        fill(norm.weight, scale * np.sqrt((new + norm.eps) / (old + norm.eps)))
+
+
+#: What people freeze: parts of the architecture, or any parameters.
+PARTS = (
+    "all", "half", "a tenth", "convolutions", "norms", "branches", "fusions",
+    "convolutions of branches", "norms of branches", "first block", "all but the first block",
+    "last block", "all but the last block", "weights", "biases",
+)  # fmt: skip
+
+
+def part_of(
+    model: nn.Module, blocks: Sequence[BlockHandles], which: str, rng: np.random.Generator
+) -> set[nn.Parameter]:
+    """The parameters of one of `PARTS`, or of "nothing"; some parts are chosen at random."""
+    shares = {"nothing": 0.0, "a tenth": 0.1, "half": 0.5, "all": 1.0}
+    if which in shares:
+        share = shares[which]
+        return {p for p in model.parameters() if rng.random() < share}
+    return {
+        p
+        for i, block in enumerate(blocks)
+        for j, layer in enumerate(block.layers)
+        for module in (layer.conv, layer.norm)
+        for name, p in module.named_parameters(recurse=False)
+        if {
+            "convolutions": module is layer.conv,
+            "norms": module is layer.norm,
+            "branches": j < len(block.branches),
+            "fusions": j == len(block.branches),
+            "convolutions of branches": module is layer.conv and j < len(block.branches),
+            "norms of branches": module is layer.norm and j < len(block.branches),
+            "first block": i == 0,
+            "all but the first block": i > 0,
+            "last block": i == len(blocks) - 1,
+            "all but the last block": i < len(blocks) - 1,
+            "weights": name == "weight",
+            "biases": name == "bias",
+        }[which]
+    }
+
+
 @contextmanager
 def own_calls(
     modules: Sequence[nn.Module],

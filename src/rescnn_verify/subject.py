@@ -149,9 +149,13 @@ class Subject:
             raise NotApplicable("the blocks are not made to be called alone")
         return self(module, x, call=lambda part, value: part(value))
 
-    def backward(self, out: Tensor, gradient: Tensor, what: str = "backward") -> None:
-        """Accumulates the vector-Jacobian product of ``gradient`` in the leaves' ``.grad``."""
-        attempt(what, lambda: torch.autograd.backward(out, gradient))
+    def backward(self, out: Tensor, gradient: Tensor, *, keep: bool = False) -> None:
+        """Accumulates the vector-Jacobian product of ``gradient`` in the leaves' ``.grad``.
+
+        Args:
+            keep: whether the graph stays for another backward pass.
+        """
+        attempt("backward", lambda: torch.autograd.backward(out, gradient, retain_graph=keep))
 
     def vjp(self, model: nn.Module, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The output at x and Jᵀv, v broadcast to the output's shape."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rescnn_verify.compare import Falsified, NotApplicable
+from rescnn_verify.compare import Falsified, NotApplicable, equal
 from rescnn_verify.handles import BlockHandles, ConvNorm
 
 __all__ = [
@@ -135,12 +135,19 @@ def check_layers(blocks: Sequence[BlockHandles]) -> None:
 
 
 def gradients_beside(
-    blocks: Sequence[BlockHandles], expected: Sequence[Sequence[Gradients[T]]]
+    blocks: Sequence[BlockHandles],
+    expected: Sequence[Sequence[Gradients[T]]],
+    without: Collection[nn.Parameter] = (),
 ) -> Iterator[tuple[str, Tensor, T]]:
     """Each parameter's name and gradient, beside what is expected of it.
 
+    Args:
+        blocks: where the parameters are.
+        expected: what is expected of each.
+        without: those that are frozen.
+
     Raises:
-        Falsified: it has none.
+        Falsified: one has no gradient, or a frozen one has.
     """
     for i, (block, layers) in enumerate(zip(blocks, expected, strict=True)):
         for j, (layer, own) in enumerate(zip(block.layers, layers, strict=True)):
@@ -153,6 +160,9 @@ def gradients_beside(
                 if parameter is None:
                     continue
                 what = f"gradient of {kind} {j} of block {i}"
+                if parameter in without:
+                    equal(parameter.grad, None, what)
+                    continue
                 if parameter.grad is None:
                     raise Falsified(what, "a tensor", "None")
                 yield what, parameter.grad, gradient
