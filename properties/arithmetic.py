@@ -12,7 +12,7 @@ from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify, make_real, values_of
 from rescnn_verify.oracles.layers import Block, gradients_beside, read_network
 from rescnn_verify.oracles.real import real_pass, running_statistics
-from rescnn_verify.probes import PARTS, as_input, normal_input, part_of, randomise
+from rescnn_verify.probes import PARTS, as_input, freeze_norms, normal_input, part_of, randomise
 from rescnn_verify.space import INPUTS, Choice, Integers, Lists
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import CONTEXTS, kernel_sets, onednn
@@ -174,6 +174,30 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
     whether or not gradients are recorded. Blocks whose norms are in eval mode keep theirs. Checked
     without dropout.
     """
+    yield from _trains_as_the_reference(subject, case)
+
+
+@statement(
+    space=INPUTS.narrow(
+        dtype=Choice("float64"), mode=Choice("train"), length=Integers(257, 4200),
+        batch=Integers(1, 3), channels=Integers(1, 6), num_blocks=Integers(1, 3),
+        magnitude=Choice(1.0), spread=Choice(False), dropout=Choice(0.0), counted=Choice(0, 9),
+        context=Choice(*CONTEXTS), frozen=Choice("no block", "some blocks"),
+    ),
+    needs=(*REFERENCE, DIRECT),
+    evidence="bounded",
+    work=2**18,
+    effort=0.4,
+)  # fmt: skip
+def long_signals_train_within_the_bound(subject, case):
+    """The same for signals of several hundred to several thousand positions.
+
+    That is where an implementation that works in chunks has statistics to put together.
+    """
+    yield from _trains_as_the_reference(subject, case)
+
+
+def _trains_as_the_reference(subject, case):
     model = subject.model(case)
     blocks = subject.handles(model, case)
     network = _frozen(make_real(blocks, case, case["magnitude"]), blocks, case)
@@ -190,12 +214,8 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
 
 
 def _frozen(network, blocks, case):
-    """The network, about half of its blocks' norms put into eval mode if the case says so."""
-    rng = case.rng("frozen")
-    chosen = [case["frozen"] == "some blocks" and rng.random() < 0.5 for _ in blocks]
-    for block in (block for block, is_frozen in zip(blocks, chosen, strict=True) if is_frozen):
-        for layer in block.layers:
-            layer.norm.eval()
+    """The network, the norms of some of its blocks put into eval mode if the case says so."""
+    chosen = freeze_norms(blocks, case["frozen"], case.rng("frozen"))
     return tuple(
         Block(
             tuple(replace(layer, frozen=is_frozen) for layer in block.branches),
@@ -236,6 +256,7 @@ def _learned(counted, blocks, network, expected, dtype):
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
+    work=2**22,
     effort=0.4,
 )  # fmt: skip
 def training_on_many_values_is_within_the_bound(subject, case):

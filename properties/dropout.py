@@ -14,7 +14,15 @@ import torch
 from rescnn_verify.bounds.roundoff import UNIT
 from rescnn_verify.compare import Falsified, equal, holds, same_bits
 from rescnn_verify.needs import CHANNEL_DROPOUT, HANDLES, POST_ACTIVATION
-from rescnn_verify.probes import as_input, normal_input, randomise, set_norm
+from rescnn_verify.probes import (
+    PARTS,
+    as_input,
+    freeze_norms,
+    normal_input,
+    part_of,
+    randomise,
+    set_norm,
+)
 from rescnn_verify.space import INPUTS, Choice, Integers, Lists
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import seed_torch
@@ -25,16 +33,25 @@ TRAIN = INPUTS.narrow(mode=Choice("train"), batch=Integers(2, 130), length=Integ
 ALPHA = 1e-16
 
 
-@statement(space=TRAIN, needs=NEEDS)
+@statement(
+    space=TRAIN.narrow(
+        frozen=Choice("no block", "some blocks"), constant=Choice("nothing", *PARTS)
+    ),
+    needs=NEEDS,
+)
 def survivors_are_scaled(subject, case):
     """Every fusion returns 0 or s/(1 − p) for a shift s, constant along a channel.
 
     Shown by a shift of 1 in one block and 0 in the others. At p = 0 all of it survives, at p = 1
-    none.
+    none. It is so whether or not norms are in eval mode and parameters are held constant.
     """
     index = case.seed % case.num_blocks
     model = subject.model(case)
-    for i, block in enumerate(subject.handles(model, case)):
+    blocks = subject.handles(model, case)
+    freeze_norms(blocks, case["frozen"], case.rng("frozen"))
+    for parameter in part_of(model, blocks, case["constant"], case.rng("constant")):
+        parameter.requires_grad_(False)
+    for i, block in enumerate(blocks):
         set_norm(block.fusion.norm, scale=0.0, shift=1.0 if i == index else 0.0)
     x = torch.zeros_like(normal_input(case))
     with torch.no_grad():

@@ -58,7 +58,7 @@ def a_call_within_a_call_leaves_it_alone(subject, case):
     yield same_bits(noted[place], alone[1], "output of a call within another one")
 
 
-@statement(space=EVAL.narrow(shapes=Integers(1, 3)), effort=0.5)
+@statement(space=EVAL.narrow(shapes=Integers(1, 3)), work=2**18, effort=0.5)
 def eval_remembers_no_earlier_call(subject, case):
     """An output in eval mode is that of a new model with the same state, whatever came before.
 

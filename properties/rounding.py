@@ -8,7 +8,14 @@ from rescnn_verify.compare import within
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.oracles.layers import gradients_beside, read_network
 from rescnn_verify.oracles.real import real_pass
-from rescnn_verify.probes import as_input, normal_input, own_calls, randomise, with_small_variances
+from rescnn_verify.probes import (
+    as_input,
+    make_positive,
+    normal_input,
+    own_calls,
+    randomise,
+    with_small_variances,
+)
 from rescnn_verify.space import INPUTS, Choice, Integers
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import NotApplicable, kernel_sets, onednn
@@ -96,6 +103,53 @@ def gradients_are_within_the_bound(subject, case):
         yield within(gradient, exact.input_gradient, "gradient at the input, against the reference")
         for what, gradient, bounded in gradients_beside(blocks, exact.gradients):
             yield within(gradient, bounded, what)
+
+
+@statement(
+    space=INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 130), length=Integers(1, 4200)),
+    needs=REFERENCE,
+    evidence="bounded",
+    work=2**18,
+)
+def positive_networks_are_within_the_bound_at_any_size(subject, case):
+    """In every dtype output and gradients of a positive network are within their bounds.
+
+    Nothing cancels and no ReLU is near 0, so that the bounds stay a few roundings of the values
+    themselves, however many are summed.
+    """
+    yield from _positive_is_within(subject, case)
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("eval"), dtype=Choice("float32", "bfloat16", "float16"), batch=Choice(1),
+        length=Integers(257, 4200), channels=Integers(1, 8), num_blocks=Integers(1, 6),
+    ),
+    needs=REFERENCE,
+    evidence="bounded",
+    work=2**19, effort=0.6)  # fmt: skip
+def positive_networks_are_within_the_bound_for_long_signals(subject, case):
+    """The same for signals of several hundred to several thousand positions.
+
+    That is where an implementation saves memory on what it keeps for the backward pass.
+    """
+    yield from _positive_is_within(subject, case)
+
+
+def _positive_is_within(subject, case):
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    make_positive(blocks, case.rng("weights"))
+    x = as_input(case, case.rng("input").uniform(0.5, 1.5, case.shape))
+    v = as_input(case, case.rng("gradient").uniform(0.5, 1.5, case.shape) / case.length)
+    exact = _reference(blocks, case, x, v=v.cpu().double().numpy())
+    if exact.kink or not exact.in_range:
+        return
+    out, gradient = subject.vjp(model, x, v)
+    yield within(out, exact.out, f"output of a positive network in {case.dtype}")
+    yield within(gradient, exact.input_gradient, "gradient at the input")
+    for what, gradient, bounded in gradients_beside(blocks, exact.gradients):
+        yield within(gradient, bounded, what)
 
 
 @statement(

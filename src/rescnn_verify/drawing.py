@@ -90,12 +90,14 @@ def draw_trial(
     least = _least(space.get("length")) * _least(space.get("batch"))
     if space.get("mode") == Choice("train"):
         least = max(least, 2)  # one value per channel cannot be trained on
+    kind = draw.integer(0, 7)
+    # What is drawn first can be large, what comes then has what is left of the work.
+    sizes = ("batch", "length") if kind % 2 else ("length", "batch")
     if any_config:
         config = draw_config(draw, space)
         work = max(work, multiply_adds(config) * least)
     else:
-        many = draw.integer(0, 3) == 3
-        most = math.inf if many else max(LAYERS, _fewest_layers(space))
+        most = math.inf if kind >= 6 else max(LAYERS, _fewest_layers(space))
         config = _until(
             lambda: draw_config(draw, space),
             lambda c: multiply_adds(c) * least <= work and layers(c) <= most,
@@ -107,7 +109,9 @@ def draw_trial(
     }
     size = draw.integer(1, max_size if space.get("length") else 1)
     return tuple(
-        _until(lambda: _draw_case(draw, config, shared, space, work), space.meets_constraints)
+        _until(
+            lambda: _draw_case(draw, config, shared, sizes, space, work), space.meets_constraints
+        )
         for _ in range(size)
     )
 
@@ -129,13 +133,18 @@ def draw_config(draw: Draw, space: Space) -> Config:
     return Config(**values, options=tuple(sorted(options)))
 
 
-def _draw_case(draw: Draw, config: Config, shared: dict[str, Any], space: Space, work: int) -> Case:
+def _draw_case(
+    draw: Draw,
+    config: Config,
+    shared: dict[str, Any],
+    sizes: tuple[str, str],
+    space: Space,
+    work: int,
+) -> Case:
     values = dict(shared)
     cost = multiply_adds(config)
     extra: list[tuple[str, Any]] = []
-    # What is drawn first can be large, what comes then has what is left of the work.
-    first, second = ("batch", "length") if draw.integer(0, 1) else ("length", "batch")
-    for name, other in ((first, _least(space.get(second))), (second, 1)):
+    for name, other in ((sizes[0], _least(space.get(sizes[1]))), (sizes[1], 1)):
         size = space.get(name)
         if isinstance(size, Integers):
             affordable = max(size.low, 1, work // (cost * other))

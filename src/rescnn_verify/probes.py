@@ -157,7 +157,8 @@ def with_small_variances(
 
 #: What people freeze: parts of the architecture, or any parameters.
 PARTS = (
-    "all", "half", "a tenth", "convolutions", "norms", "branches", "fusions",
+    "all", "half", "a tenth", "some branches", "some blocks", "convolutions", "norms", "branches",
+    "fusions",
     "convolutions of branches", "norms of branches", "first block", "all but the first block",
     "last block", "all but the last block", "weights", "biases",
 )  # fmt: skip
@@ -171,6 +172,9 @@ def part_of(
     if which in shares:
         share = shares[which]
         return {p for p in model.parameters() if rng.random() < share}
+    places = [(i, j) for i, block in enumerate(blocks) for j in range(len(block.layers))]
+    some_blocks = {i for i in range(len(blocks)) if rng.integers(2)}
+    some_layers = {place for place in places if rng.integers(2)}
     return {
         p
         for i, block in enumerate(blocks)
@@ -178,6 +182,8 @@ def part_of(
         for module in (layer.conv, layer.norm)
         for name, p in module.named_parameters(recurse=False)
         if {
+            "some branches": j < len(block.branches) and (i, j) in some_layers,
+            "some blocks": i in some_blocks,
             "convolutions": module is layer.conv,
             "norms": module is layer.norm,
             "branches": j < len(block.branches),
@@ -192,6 +198,21 @@ def part_of(
             "biases": name == "bias",
         }[which]
     }
+
+
+def freeze_norms(
+    blocks: Sequence[BlockHandles], which: str, rng: np.random.Generator
+) -> tuple[bool, ...]:
+    """Puts norms into eval mode: those of "no block" or of "some blocks", each with chance ½.
+
+    Returns:
+        Whether a block's norms are frozen, for each block.
+    """
+    chosen = tuple(which == "some blocks" and bool(rng.integers(2)) for _ in blocks)
+    for block, is_frozen in zip(blocks, chosen, strict=True):
+        for layer in block.layers if is_frozen else ():
+            layer.norm.eval()
+    return chosen
 
 
 @contextmanager

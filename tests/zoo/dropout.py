@@ -219,3 +219,14 @@ class ChannelsLastDropsPositions(Stack):
             if self.last:
                 return super().drop(y.transpose(1, 2)).transpose(1, 2)
             return super().drop(y)
+
+
+@wrong("dropout", "each channel is dropped in the same number of samples")
+class BalancedOverTheBatch(Stack):
+    class Block(Block):
+        def drop(self, y):
+            if not self.training or self.p in (0, 1):
+                return super().drop(y)
+            kept = int(y.shape[0] * (1 - self.p) + torch.rand(()).item())
+            order = torch.rand(y.shape[:2], device=y.device).argsort(0).argsort(0)
+            return y * (order < kept).to(y.dtype)[:, :, None] / (1 - self.p)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from .base import Block, Stack, affine, update_statistics
+from .base import Block, Stack, affine, batch_norm, update_statistics
 from .registry import wrong
 
 
@@ -302,3 +302,34 @@ class FrozenConvolutionsFreezeNorms(Stack):
             learns = x.requires_grad or any(b[0].weight.requires_grad for b in self.branches)
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
                 return super().run_branches(x)
+
+
+@wrong("gradients", "behind a frozen scale the batch's statistics are taken for constants")
+class FrozenScaleFreezesStatistics(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if not norm.training or norm.weight.requires_grad:
+                return norm(x)
+            batch_norm(norm, x)
+            mean, var = x.mean((0, 2)).detach(), x.var((0, 2), unbiased=False).detach()
+            return affine(norm, x, mean, torch.sqrt(var + norm.eps))
+
+
+class MaskAsScratch(Function):
+    """A ReLU whose backward pass computes in the mask that it has kept."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mask = (x > 0).to(x.dtype)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.mask.mul_(gradient)
+
+
+@wrong("gradients", "the backward pass overwrites what a second one through the same graph needs")
+class OneBackwardPerGraph(Stack):
+    class Block(Block):
+        def activate(self, y):
+            return MaskAsScratch.apply(y)
