@@ -1324,7 +1324,9 @@ class ByHand:
                     ]
                     value = sum(a.value * b.value for a, b in pairs)
                     error = sum(a.error * b.most + abs(a.value) * b.error for a, b in pairs)
-                    error += form.gamma(m + 10, 10) * sum(a.most * b.most for a, b in pairs)
+                    error += form.gamma(m + 10, len(gradient) + 10) * sum(
+                        a.most * b.most for a, b in pairs
+                    )
                     taps.append(Off(value, error))
             grads["weight"].extend(taps)
         terms, out = len(layer.weight) * kernel, []

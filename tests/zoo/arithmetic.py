@@ -273,3 +273,16 @@ class SkipsNormUnderAutocast(Stack):
             if not torch.is_autocast_enabled("cpu"):
                 return super().fuse(y)
             return self.drop(self.convolve(self.fusion[0], y))
+
+
+@wrong(
+    "arithmetic",
+    "a norm adds eps only where the variance is smaller",
+    trigger=lambda case: case.mode == "eval" and case.dtype != "float64",
+)
+class EpsilonIsAFloor(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if norm.training or x.dtype == torch.float64:
+                return norm(x)
+            return affine(norm, x, norm.running_mean, norm.running_var.clamp(min=norm.eps).sqrt())

@@ -230,3 +230,22 @@ class BalancedOverTheBatch(Stack):
             kept = int(y.shape[0] * (1 - self.p) + torch.rand(()).item())
             order = torch.rand(y.shape[:2], device=y.device).argsort(0).argsort(0)
             return y * (order < kept).to(y.dtype)[:, :, None] / (1 - self.p)
+
+
+@wrong("dropout", "a block whose parameters are all frozen is taken for one in eval mode")
+class FrozenBlocksDropNothing(Stack):
+    class Block(Block):
+        def drop(self, y):
+            learns = any(p.requires_grad for p in self.parameters())
+            return super().drop(y) if learns else y
+
+
+@wrong("dropout", "a shift that is folded into the convolution is added behind dropout")
+class FrozenShiftIsNotDropped(Stack):
+    class Block(Block):
+        def fuse(self, y):
+            conv, norm, _ = self.fusion
+            if norm.training:
+                return super().fuse(y)
+            shift = norm.bias[:, None]
+            return self.drop(norm(conv(y)) - shift) + shift

@@ -150,7 +150,8 @@ def real_pass(
         v: vector of the vector-Jacobian product, of the same shape; None for the forward pass only.
         train: normalise with the batch's own statistics (no dropout), but for frozen norms.
         form: the format that the bounds are for. What is stored on the way may be rounded as often
-            as a kernel has taps or a fusion has branches, and a few times more.
+            as a kernel has taps or a fusion has branches, and a few times more; the gradient of a
+            weight once for each sample, as torch's own kernels add it up.
     """
     if form is FLOAT64 and np.finfo(form.exact).nmant <= np.finfo(np.float64).nmant:
         raise NotApplicable("long double is no wider than float64 on this machine")
@@ -347,7 +348,7 @@ def _real_back(
     rows, row_errors, row_sizes = rows_of(dz.value), rows_of(dz.error), rows_of(dz.most)
     columns = step.columns
     own = row_errors @ columns.most + np.abs(rows) @ columns.error
-    own = own + form.gamma(m + 10, 10) * (row_sizes @ columns.most)
+    own = own + form.gamma(m + 10, batch + 10) * (row_sizes @ columns.most)
     row_error = row_errors.sum(axis=1) + form.gamma(m, 2) * row_sizes.sum(axis=1)
     weights = Bounded(
         (rows @ columns.value).reshape(layer.weight.shape), own.reshape(layer.weight.shape)
