@@ -158,9 +158,8 @@ def with_small_variances(
 #: What people freeze: parts of the architecture, or any parameters.
 PARTS = (
     "all", "half", "a tenth", "some branches", "some blocks", "convolutions", "norms", "branches",
-    "fusions",
-    "convolutions of branches", "norms of branches", "first block", "all but the first block",
-    "last block", "all but the last block", "weights", "biases",
+    "fusions", "convolutions of branches", "norms of branches", "first block",
+    "all but the first block", "last block", "all but the last block", "weights", "biases",
 )  # fmt: skip
 
 

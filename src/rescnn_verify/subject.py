@@ -229,8 +229,8 @@ def kernel_sets(case: Case) -> tuple[bool, ...]:
 def has_onednn(case: Case) -> bool:
     """Whether oneDNN is on for a case of a property that does not choose by itself.
 
-    It is for one seed in four, 0 among them. What is exact or bounded is checked under both sets of
-    kernels, and for every new shape oneDNN builds kernels that take longer than the arithmetic.
+    It is for one seed in four, 0 among them: for every new shape oneDNN builds kernels, which takes
+    longer than the arithmetic. The values themselves are compared under both sets of kernels.
     """
     return case.seed % 4 == 0
 
