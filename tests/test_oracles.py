@@ -1293,9 +1293,9 @@ class ByHand:
             along = Off(
                 sum(a.value * b.value for a, b in zip(g, n, strict=True)),
                 sum(abs(a.value) * b.error + a.error * b.most for a, b in zip(g, n, strict=True))
-                + form.gamma(m + layer.weight[0].size + 10, 10) * along_size,
+                + form.gamma(m + layer.weight[0].size + 10, len(gradient) + 10) * along_size,
             )
-            total = summed(form, g)
+            total = summed(form, g, len(gradient))
             root, relative = step["root"][o], step["relative"][o]
             slope = abs(float(layer.scale[o])) * root
             dz = []
@@ -1314,7 +1314,7 @@ class ByHand:
                 before[b].append(dz[b * len(places) : (b + 1) * len(places)])
             grads["scale"].append(along)
             grads["shift"].append(total)
-            grads["bias"].append(summed(form, dz))
+            grads["bias"].append(summed(form, dz, len(gradient)))
             taps = []
             for c in range(layer.weight.shape[1]):
                 for k in range(kernel):
@@ -1348,10 +1348,10 @@ class ByHand:
         return out, grads
 
 
-def summed(form, numbers):
-    """A sum of m numbers: m roundings, two of them of what is stored."""
+def summed(form, numbers, batch):
+    """A sum of m numbers: m roundings, some of what is stored: one for each sample, two more."""
     sizes = sum(a.most for a in numbers)
-    error = sum(a.error for a in numbers) + form.gamma(len(numbers), 2) * sizes
+    error = sum(a.error for a in numbers) + form.gamma(len(numbers), batch + 2) * sizes
     return Off(sum(a.value for a in numbers), error)
 
 

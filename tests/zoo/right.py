@@ -576,8 +576,8 @@ class LooksAtData(Stack):
 class SharedWorkspace(Stack):
     class Block(Block):
         def run_branches(self, x):
-            if torch.is_grad_enabled():
-                return super().run_branches(x)
+            if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+                return super().run_branches(x)  # such a buffer could not be written to later
             buffer = WORKSPACE.setdefault((x.shape, x.dtype, x.device), torch.empty_like(x))
             start = 0
             for branch in self.branches:

@@ -150,8 +150,8 @@ def real_pass(
         v: vector of the vector-Jacobian product, of the same shape; None for the forward pass only.
         train: normalise with the batch's own statistics (no dropout), but for frozen norms.
         form: the format that the bounds are for. What is stored on the way may be rounded as often
-            as a kernel has taps or a fusion has branches, and a few times more; the gradient of a
-            weight once for each sample, as torch's own kernels add it up.
+            as a kernel has taps or a fusion has branches, and a few times more; a parameter's
+            gradient once for each sample, as torch's own kernels add it up.
     """
     if form is FLOAT64 and np.finfo(form.exact).nmant <= np.finfo(np.float64).nmant:
         raise NotApplicable("long double is no wider than float64 on this machine")
@@ -322,9 +322,9 @@ def _real_back(
     along = (g.value * n.value).sum(axis=axes)
     along_size = (g.most * size).sum(axis=axes)
     along_error = (np.abs(g.value) * n.error + g.error * n.most).sum(axis=axes)
-    along_error = along_error + form.gamma(m + layer.weight[0].size + 10, 10) * along_size
+    along_error = along_error + form.gamma(m + layer.weight[0].size + 10, batch + 10) * along_size
     total = g.value.sum(axis=axes)
-    total_error = g.error.sum(axis=axes) + form.gamma(m, 2) * g.most.sum(axis=axes)
+    total_error = g.error.sum(axis=axes) + form.gamma(m, batch + 2) * g.most.sum(axis=axes)
     core, core_error, core_size = g.value, g.error, g.most
     if train and not layer.frozen:
         core = core - column(total / m) - n.value * column(along / m)
@@ -349,7 +349,7 @@ def _real_back(
     columns = step.columns
     own = row_errors @ columns.most + np.abs(rows) @ columns.error
     own = own + form.gamma(m + 10, batch + 10) * (row_sizes @ columns.most)
-    row_error = row_errors.sum(axis=1) + form.gamma(m, 2) * row_sizes.sum(axis=1)
+    row_error = row_errors.sum(axis=1) + form.gamma(m, batch + 2) * row_sizes.sum(axis=1)
     weights = Bounded(
         (rows @ columns.value).reshape(layer.weight.shape), own.reshape(layer.weight.shape)
     )
