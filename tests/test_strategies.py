@@ -9,7 +9,7 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import NoSuchExample
 
 from rescnn_verify.case import Case, Config
-from rescnn_verify.drawing import RandomDraw, draw_trial
+from rescnn_verify.drawing import LAYERS, RandomDraw, draw_trial, layers
 from rescnn_verify.space import ARCHITECTURES, INPUTS, Choice, Constraint, Integers
 from rescnn_verify.strategies import (
     batches,
@@ -281,6 +281,8 @@ define_test("a single branch", lambda c: c.branches == 1, 0.1)
 define_test("an 11-tap kernel", lambda c: 11 in c.kernel_sizes, 0.15)
 define_test("a 1-tap kernel", lambda c: 1 in c.kernel_sizes, 0.15)
 define_test("six blocks or more", lambda c: c.num_blocks >= 6, 0.04)
+define_test("more layers than most", lambda c: layers(c) > LAYERS, 0.04)
+define_test("no more layers than most", lambda c: layers(c) <= LAYERS, 0.75)
 define_test("a single block", lambda c: c.num_blocks == 1, 0.15)
 define_test("repeated kernels", lambda c: len({*c.kernel_sizes}) < c.branches, 0.12)
 define_test("unsorted kernels", lambda c: [*c.kernel_sizes] != sorted(c.kernel_sizes), 0.25)

@@ -53,7 +53,8 @@ class Profile:
     """How long to search.
 
     Args:
-        sampled: trials sampled uniformly for each property; a trial has up to four cases.
+        sampled: trials sampled uniformly for each property; a trial has up to `Property.inputs`
+            cases.
         drawn: trials drawn by Hypothesis.
         shrinking: seconds spent on making a counterexample smaller.
         slow: whether slow properties run, and exhaustive ones over every case of their space.
