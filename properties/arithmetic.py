@@ -12,13 +12,23 @@ from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify, make_real, values_of
 from rescnn_verify.oracles.layers import Block, gradients_beside, read_network
 from rescnn_verify.oracles.real import real_pass, running_statistics
-from rescnn_verify.probes import PARTS, as_input, freeze_norms, normal_input, part_of, randomise
+from rescnn_verify.probes import (
+    PARTS,
+    as_input,
+    freeze_norms,
+    normal_input,
+    part_of,
+    randomise,
+    zero_fusion,
+)
 from rescnn_verify.space import INPUTS, Choice, Integers, Lists
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import CONTEXTS, kernel_sets, onednn
 
 REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM)
 EVAL = INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 130))
+#: Fusion norms of which blocks have scale and shift 0, as many training recipes begin.
+ZERO = ("no block", "some blocks")
 
 
 @statement(
@@ -160,7 +170,7 @@ def real_networks_are_within_their_bound(subject, case):
         dtype=Choice("float64"), mode=Choice("train"), length=Integers(1, 4200),
         batch=Integers(1, 130), magnitude=Choice(1.0, 1e-6, 1e3, 1e-3), spread=Choice(False),
         dropout=Choice(0.0), counted=Choice(0, 1, 9, 100, 1000, 10**6), context=Choice(*CONTEXTS),
-        frozen=Choice("no block", "some blocks"),
+        frozen=Choice("no block", "some blocks"), zero=Choice(*ZERO),
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
@@ -182,7 +192,7 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
         dtype=Choice("float64"), mode=Choice("train"), length=Integers(257, 4200),
         batch=Integers(1, 3), channels=Integers(1, 6), num_blocks=Integers(1, 3),
         magnitude=Choice(1.0), spread=Choice(False), dropout=Choice(0.0), counted=Choice(0, 9),
-        context=Choice(*CONTEXTS), frozen=Choice("no block", "some blocks"),
+        context=Choice(*CONTEXTS), frozen=Choice("no block", "some blocks"), zero=Choice(*ZERO),
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
@@ -200,7 +210,7 @@ def long_signals_train_within_the_bound(subject, case):
 def _trains_as_the_reference(subject, case):
     model = subject.model(case)
     blocks = subject.handles(model, case)
-    network = _frozen(make_real(blocks, case, case["magnitude"]), blocks, case)
+    network = _frozen(_real_network(blocks, case), blocks, case)
     for layer in (layer for block in blocks for layer in block.layers):
         layer.norm.num_batches_tracked.fill_(case["counted"])
     x = as_input(case, _real_input(case))
@@ -222,6 +232,13 @@ def _learns_as_the_reference(subject, case, model, network, x):
     if expected.in_range and np.isfinite(expected.out.error).all():
         yield within(out, expected.out, "output in train mode, against the reference")
     yield from _learned(counted, blocks, network, expected, case.dtype)
+
+
+def _real_network(blocks, case):
+    make_real(blocks, case, case["magnitude"])
+    rng = case.rng("zero")
+    zero_fusion([b for b in blocks if case["zero"] == "some blocks" and rng.integers(2)], "norm")
+    return read_network(blocks)
 
 
 def _frozen(network, blocks, case):
@@ -290,7 +307,7 @@ def training_on_many_values_is_within_the_bound(subject, case):
         dtype=Choice("float64"), length=Integers(1, 600), batch=Integers(1, 130),
         magnitude=Choice(1.0, 1e-6, 1e3, 1e-3), spread=Choice(False, True), dropout=Choice(0.0),
         frozen=Choice("no block", "some blocks"), constant=Choice("nothing", *PARTS),
-        input=Choice("wanted", "unwanted"),
+        input=Choice("wanted", "unwanted"), zero=Choice(*ZERO),
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
@@ -307,7 +324,7 @@ def real_gradients_are_within_their_bound(subject, case):
     """
     model = subject.model(case)
     blocks = subject.handles(model, case)
-    network = _frozen(make_real(blocks, case, case["magnitude"]), blocks, case)
+    network = _frozen(_real_network(blocks, case), blocks, case)
     x, v = _real_input(case), case.rng("gradient").standard_normal(case.shape)
     expected = _reference(network, values_of(case, x), v=v, train=case.mode == "train")
     if expected.kink or not np.isfinite(expected.input_gradient.error).all():

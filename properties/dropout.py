@@ -53,7 +53,7 @@ def survivors_are_scaled(subject, case):
         parameter.requires_grad_(False)
     for i, block in enumerate(blocks):
         set_norm(block.fusion.norm, scale=0.0, shift=1.0 if i == index else 0.0)
-    x = torch.zeros_like(normal_input(case))
+    x = as_input(case, np.zeros(case.shape))
     with torch.no_grad():
         seed_torch(case.seed)
         out = subject(model, x)
@@ -97,7 +97,7 @@ def rate_and_independence(subject, case):
     blocks = subject.handles(model, case)
     for i, block in enumerate(blocks):
         set_norm(block.fusion.norm, scale=0.0, shift=4.0**i * (1 - p))
-    x = torch.zeros_like(normal_input(case))
+    x = as_input(case, np.zeros(case.shape))
     seed_torch(case.seed)
     with torch.no_grad():
         calls = [subject(model, x)[:, :, 0].double().cpu().numpy() for _ in range(4)]
@@ -194,7 +194,7 @@ def gradients_pass_the_mask_of_the_output(subject, case):
     blocks = subject.handles(model, case)
     for i, block in enumerate(blocks):
         set_norm(block.fusion.norm, scale=0.0, shift=4.0**i)
-    x = torch.ones_like(normal_input(case))
+    x = as_input(case, np.ones(case.shape))
     v = torch.from_numpy(case.rng("gradient").integers(-3, 4, case.shape)).to(x)
     seed_torch(case.seed)
     out, gradient = subject.vjp(model, x, v)

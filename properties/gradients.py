@@ -5,7 +5,15 @@ import torch
 
 from rescnn_verify.bounds.gains import stack_gain
 from rescnn_verify.bounds.roundoff import FORMATS, SIGNIFICAND_BITS, gamma
-from rescnn_verify.compare import Falsified, at_most, equal, same_bits, same_tensors
+from rescnn_verify.compare import (
+    Falsified,
+    at_most,
+    describe,
+    equal,
+    holds,
+    same_bits,
+    same_tensors,
+)
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION, STACK
 from rescnn_verify.networks import certify
 from rescnn_verify.oracles.integer import exact_pass
@@ -147,7 +155,7 @@ def gradients_do_not_change_the_output(subject, case):
         yield same_bits(subject(model, x), out, "output under no_grad, against that with gradients")
     with torch.inference_mode():
         yield same_bits(subject(model, x).clone(), out, "output in inference mode")
-    leaf = x.detach().clone().requires_grad_()
+    leaf = x.detach().requires_grad_()
     yield same_bits(subject(model, leaf), out, "output for an input that requires a gradient")
 
 
@@ -287,7 +295,7 @@ def passes_under_way_keep_apart(subject, case):
     before = v.clone()
 
     def forward(model, i):
-        leaf = inputs[i].detach().clone().requires_grad_()
+        leaf = inputs[i].detach().requires_grad_()
         seed_torch(case.seed + i)
         return leaf, subject(model, leaf)
 
@@ -310,6 +318,33 @@ def passes_under_way_keep_apart(subject, case):
         if leaf.grad is None or alone[i] is None:
             raise Falsified("gradient at the input", "a tensor", "None")
         yield same_bits(leaf.grad, alone[i], f"gradient of pass {i}, against that pass alone")
+
+
+@statement(space=SMALL, effort=0.4)
+def an_input_changed_meanwhile_is_noticed(subject, case):
+    """An input changed between forward and backward gives an exception, or the gradients it had.
+
+    A buffer that is filled again before the backward pass is an everyday mistake. Autograd notices
+    it for tensors that it keeps itself. Another input's gradients would be silently wrong.
+    """
+    x, v = normal_input(case), torch.ones(())
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    seed_torch(case.seed)
+    subject.vjp(model, x, v)
+    alone = {name: p.grad for name, p in model.named_parameters()}
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    seed_torch(case.seed)
+    out = subject(model, x)
+    fill(x[:1, :, :1] if case.layout == "expanded" else x, np.full((), 3.0))
+    try:
+        out.backward(v.to(out).expand_as(out))
+    except Exception as error:
+        yield holds(True, "backward", "an exception or the right gradients", describe(error))
+        return
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    yield same_tensors(gradients, alone, "gradients of an input that was changed meanwhile")
 
 
 @statement(
@@ -399,7 +434,7 @@ def _gradients(subject, case, factor, passes=1, through=1):
     """
     model = subject.model(case)
     randomise(model, case.rng("weights"))
-    leaf = normal_input(case).detach().clone().requires_grad_()
+    leaf = normal_input(case).requires_grad_()
     v = case.rng("gradient").standard_normal(subject.output_shape(case))
     v = torch.from_numpy(v).to(leaf) * factor
     for _ in range(passes):

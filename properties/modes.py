@@ -1,15 +1,14 @@
 """Modes: eval remembers nothing and changes nothing; train learns statistics and no more."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
-from rescnn_verify.compare import equal, holds, refuses, same_bits, same_tensors
+from rescnn_verify.compare import attempt, equal, holds, refuses, same_bits, same_tensors
+from rescnn_verify.histories import EVENTS, live
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION, REENTRANT
 from rescnn_verify.networks import certify
 from rescnn_verify.probes import as_input, called_within, normal_input, randomise
-from rescnn_verify.space import INPUTS, Choice, Integers, Space
+from rescnn_verify.space import INPUTS, Choice, Integers, Lists, Space
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import CONTEXTS, NotApplicable, seed_torch
 
@@ -58,48 +57,50 @@ def a_call_within_a_call_leaves_it_alone(subject, case):
     yield same_bits(noted[place], alone[1], "output of a call within another one")
 
 
-@statement(space=EVAL.narrow(shapes=Integers(1, 3)), work=2**18, effort=0.5)
-def eval_remembers_no_earlier_call(subject, case):
-    """An output in eval mode is that of a new model with the same state, whatever came before.
+@statement(
+    space=EVAL.narrow(
+        history=Lists(Choice(*EVENTS), 1, 4), context=Choice("no_grad", "grad", "inference_mode")
+    ),
+    work=2**18,
+    effort=0.6,
+)
+def only_the_state_counts(subject, case):
+    """A model is a function of its state: whatever came before, it is as a new one with that state.
 
-    Before: calls in either mode on other shapes and with other weights. Caches of weights, shapes,
-    masks or results all show.
+    Before: calls on other shapes, in either mode and another dtype, refused ones, backward passes,
+    training, edits and loading of weights, each after a call on the same input. Outputs, gradients
+    and what a training call learns are the same to the bit. Caches of weights, shapes, masks or
+    results all show.
     """
     used = subject.model(case)
-    rng = case.rng("earlier")
-    for i in range(case["shapes"]):
-        randomise(used, rng)
-        shape = {"batch": int(rng.integers(2, 5)), "length": int(rng.integers(1, 40))}
-        earlier = replace(case, **shape)
-        if earlier not in subject.target.space:
-            earlier = case
-        trainable = earlier.batch * earlier.length > 1
-        for mode in ("eval", "train", "eval") if trainable else ("eval",):
-            subject.set_mode(used, mode)
-            with torch.no_grad():
-                subject(used, normal_input(earlier, f"earlier {i}"))
-    x = normal_input(case)
+    randomise(used, case.rng("weights"))
+    used = live(subject, used, case, case["history"], case["context"])
+    new = subject.set_mode(subject.build(case), "eval")
+    state = {name: value.clone() for name, value in used.state_dict().items()}
+    attempt("load_state_dict", lambda: new.load_state_dict(state))
+    expected = _behaviour(subject, new, case)
+    yield same_tensors(
+        _behaviour(subject, used, case), expected, "of a used model, against a new one"
+    )
+
+
+def _behaviour(subject, model, case):
+    """Outputs and gradients in eval mode, then in train mode, and what was learned there."""
+    x, found = normal_input(case), {}
+    v = torch.from_numpy(case.rng("gradient").standard_normal(subject.output_shape(case)))
     with torch.no_grad():
-        subject(used, x)
-        randomise(used, np.random.default_rng(case.seed))
-        out = subject(used, x)
-        _negate(used)
-        negated = subject(used, x)
-        # A new model: the used one's grown counters are not part of the function. It is edited
-        # before its first call, so that it has nothing to remember.
-        new = subject.set_mode(subject.build(case), "eval")
-        randomise(new, np.random.default_rng(case.seed))
-        _negate(new)
-        what = "output of a used model after an edit through .data, against a new one's"
-        yield same_bits(negated, subject(new, x), what)
-        randomise(new, np.random.default_rng(case.seed))
-        yield same_bits(out, subject(new, x), "output of a used model, against a new one's")
-
-
-def _negate(model):
-    """An edit that leaves the tensors' version counters alone, as optimisers in the wild do."""
-    for parameter in model.parameters():
-        parameter.data.neg_()
+        found["output without gradients"] = subject(model, x)
+    for mode in ("eval", "train") if case.batch * case.length > 1 else ("eval",):
+        for parameter in model.parameters():
+            parameter.grad = None
+        subject.set_mode(model, mode)
+        seed_torch(case.seed)
+        found[f"output in {mode} mode"], gradient = subject.vjp(model, x, v)
+        found[f"gradient at the input in {mode} mode"] = gradient
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                found[f"gradient of {name} in {mode} mode"] = parameter.grad
+    return found | _state(model)
 
 
 @statement(space=FORWARD.narrow(context=Choice("grad", "no_grad")), effort=0.8)
@@ -117,8 +118,9 @@ def only_a_training_call_changes_the_state(subject, case):
     yield _same_state(model, before, "after a forward pass", besides=learned)
     if case["context"] == "grad":
         after = _state(model)
-        subject.backward(out, torch.ones_like(out))
-        yield _same_state(model, after, "after a backward pass")
+        for passed in ("a", "another"):
+            subject.backward(out, torch.ones_like(out), keep=passed == "a")
+            yield _same_state(model, after, f"after {passed} backward pass")
 
 
 @statement(space=FORWARD, effort=0.6)

@@ -159,7 +159,7 @@ class Subject:
 
     def vjp(self, model: nn.Module, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The output at x and Jᵀv, v broadcast to the output's shape."""
-        leaf = x.detach().clone().requires_grad_()
+        leaf = x.detach().requires_grad_()  # not a copy, which would have another layout
         out = self(model, leaf)
         self.backward(out, v.to(out).expand_as(out))
         if leaf.grad is None:

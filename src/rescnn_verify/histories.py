@@ -1,0 +1,185 @@
+"""Histories: what may have happened to a model before it is called again.
+
+Every event takes a model in whatever state it is and leaves it in eval mode, in the case's dtype,
+with as many parameters that require a gradient as before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from rescnn_verify.case import Case
+from rescnn_verify.compare import attempt
+from rescnn_verify.probes import normal_input, randomise
+from rescnn_verify.subject import CONTEXTS, DTYPES, Subject
+
+__all__ = ["EVENTS", "live"]
+
+Event = Callable[[Subject, nn.Module, Case, np.random.Generator], nn.Module]
+
+
+def live(
+    subject: Subject, model: nn.Module, case: Case, events: Iterable[str], context: str
+) -> nn.Module:
+    """The model after it was called on the case's input and an event happened, for each event.
+
+    Args:
+        subject, model, case: the model is in eval mode.
+        events: names of `EVENTS`, in order.
+        context: one of `CONTEXTS`, how it is called between the events.
+
+    Returns:
+        The model, or what came in its place.
+    """
+    rng = case.rng("history")
+    for event in events:
+        with CONTEXTS[context]():
+            subject(model, normal_input(case))
+        model = EVENTS[event](subject, model, case, rng)
+        subject.set_mode(model, "eval")
+    return model
+
+
+def _other_shape(subject: Subject, case: Case, rng: np.random.Generator) -> Case:
+    """The case on an input of another shape, where the target promises one."""
+    other = replace(case, batch=int(rng.integers(2, 5)), length=int(rng.integers(1, 40)))
+    return other if other in subject.target.space else case
+
+
+def _called(mode: str, context: str) -> Event:
+    def event(
+        subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+    ) -> nn.Module:
+        other = _other_shape(subject, case, rng)
+        if mode == "eval" or other.batch * other.length > 1:
+            subject.set_mode(model, mode)
+            with CONTEXTS[context]():
+                subject(model, normal_input(other, "another input"))
+        return model
+
+    return event
+
+
+def _differentiated(mode: str, *, step: bool) -> Event:
+    def event(
+        subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+    ) -> nn.Module:
+        other = _other_shape(subject, case, rng)
+        if mode == "train" and other.batch * other.length == 1:
+            return model
+        subject.set_mode(model, mode)
+        subject.vjp(model, normal_input(other, "another input"), torch.ones(()))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if step and parameter.grad is not None:
+                    # The sign alone, because gradients in train mode know no limit.
+                    parameter.sub_(parameter.grad.nan_to_num().sign(), alpha=2.0**-6)
+                parameter.grad = None
+        return model
+
+    return event
+
+
+def _refused(subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator) -> nn.Module:
+    x = normal_input(case)
+    with suppress(Exception), torch.no_grad():
+        subject.target.call(model, torch.cat([x, x[:, :1]], dim=1))
+    return model
+
+
+def _elsewhere(
+    subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+) -> nn.Module:
+    # To a dtype and back that rounds nothing, also of a constant that is no part of the state.
+    dtype = "float32" if case.dtype != "float32" else "float64"
+    for to, called in ((dtype, True), (case.dtype, False)):
+        attempt(f"moving the model to {to}", lambda to=to: model.to(DTYPES[to]))
+        if called:
+            with torch.no_grad():
+                subject(model, normal_input(replace(case, dtype=to)))
+    return model
+
+
+def _frozen(subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator) -> nn.Module:
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    subject(model, normal_input(case))
+    for parameter, flag in zip(model.parameters(), before, strict=True):
+        parameter.requires_grad_(flag)
+    return model
+
+
+def _norms_frozen(
+    subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+) -> nn.Module:
+    subject.set_mode(model, "train")
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.eval()
+    with torch.no_grad():
+        subject(model, normal_input(case))
+    return model
+
+
+def _edited(subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator) -> nn.Module:
+    randomise(model, rng)
+    return model
+
+
+def _edited_unseen(
+    subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+) -> nn.Module:
+    # This leaves the tensors' version counters alone, as optimisers in the wild do.
+    for parameter in model.parameters():
+        parameter.data.neg_()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data.mul_(1.5)
+    return model
+
+
+def _loaded(*, assign: bool) -> Event:
+    def event(
+        subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+    ) -> nn.Module:
+        randomise(other := subject.build(case), rng)
+        state = {name: value.clone() for name, value in other.state_dict().items()}
+        attempt("load_state_dict", lambda: model.load_state_dict(state, assign=assign))
+        return model
+
+    return event
+
+
+def _copied(subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator) -> nn.Module:
+    other = attempt("copy.deepcopy", lambda: copy.deepcopy(model))
+    randomise(other, rng)
+    return other  # type: ignore[no-any-return]
+
+
+#: By name, the simplest first.
+EVENTS: dict[str, Event] = {
+    "another call": _called("eval", "no_grad"),
+    "a recorded call": _called("eval", "grad"),
+    "a call in inference mode": _called("eval", "inference_mode"),
+    "a training call": _called("train", "no_grad"),
+    "a backward pass": _differentiated("eval", step=False),
+    "a training step": _differentiated("train", step=True),
+    "a refused call": _refused,
+    "a call in another dtype": _elsewhere,
+    "a call with frozen parameters": _frozen,
+    "a training call with frozen norms": _norms_frozen,
+    "an edit": _edited,
+    "an edit through .data": _edited_unseen,
+    "load_state_dict": _loaded(assign=False),
+    "load_state_dict with assign": _loaded(assign=True),
+    "a deep copy": _copied,
+}
