@@ -13,12 +13,14 @@ from rescnn_verify.compare import (
     holds,
     same_bits,
     same_tensors,
+    within,
 )
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION, STACK
-from rescnn_verify.networks import certify
+from rescnn_verify.networks import certify, make_balanced
 from rescnn_verify.oracles.integer import exact_pass
 from rescnn_verify.oracles.layers import read_network
-from rescnn_verify.oracles.real import real_pass
+from rescnn_verify.oracles.plain import plain_call, second_derivative
+from rescnn_verify.oracles.real import Bounded, real_pass
 from rescnn_verify.probes import (
     PARTS,
     as_input,
@@ -402,6 +404,59 @@ def a_small_fusion_hardly_changes_the_gradient(subject, case):
     bound = gain.departure * _norm(v) + _norm(exact.input_gradient.error)
     rounding = 1 + gamma(off.numel() + 8) + FORMATS[case.dtype].unit
     yield at_most(_norm(off) / rounding, bound, "‖Jᵀv - D v‖")
+
+
+@statement(
+    space=INPUTS.narrow(
+        dtype=Choice("float64"), num_blocks=Choice(1), channels=Integers(1, 16),
+        batch=Choice(1, 2, 4), length=Choice(4, 2), dropout=Choice(0.0),
+        layout=Choice("contiguous", "transposed", "strided"),
+    ),
+    needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
+    evidence="bounded", effort=0.4)  # fmt: skip
+def second_derivatives_are_the_reference_s(subject, case):
+    """Derivatives of gradients are those of plain torch operations; or autograd refuses them.
+
+    Gradient penalties and Hessian-vector products need them. On a balanced network (see
+    `make_balanced`) all sums and means are multiples of a power of two, so that plain operations
+    round nothing; other ways to take a mean may, a few thousand operations of 2^-53. A forgotten
+    term is at least the inverse of a power of the number of values, at most 16. In between is half
+    of the significand: 2^-26 of the largest entry, in units in which all are alike.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    values, size = make_balanced(blocks[0], case)
+    x = as_input(case, values).requires_grad_()
+    v = torch.from_numpy(case.rng("gradient").integers(-3, 4, case.shape)).to(x)
+    units = {x: size}
+    for layer in blocks[0].layers:
+        units[layer.conv.weight] = 2 * size if layer is blocks[0].fusion else 1.0
+        units[layer.conv.bias] = size
+        units[layer.norm.weight] = units[layer.norm.bias] = 1.0
+    units.pop(None, None)
+    rng = case.rng("directions")
+    directions = [
+        torch.from_numpy(rng.integers(-1, 2, tuple(leaf.shape)) * unit).to(leaf)
+        for leaf, unit in units.items()
+    ]
+    out = subject(model, x)
+    try:
+        got = second_derivative(out, list(units), v, directions)
+    except Exception as error:
+        yield holds(True, "second derivatives", "an exception or the right ones", describe(error))
+        return
+    copies = {leaf: leaf.detach().clone().requires_grad_() for leaf in units}
+    own = plain_call(blocks, copies, copies[x], train=case.mode == "train")
+    expected = second_derivative(own, list(copies.values()), v, directions)
+    expected = [part.cpu().numpy() for part in expected]
+    largest = max(
+        float(np.abs(part).max()) * unit
+        for part, unit in zip(expected, units.values(), strict=True)
+    )
+    for (leaf, unit), part, exact in zip(units.items(), got, expected, strict=True):
+        what = "the input" if leaf is x else f"a parameter of shape {tuple(leaf.shape)}"
+        error = np.full(exact.shape, 2.0**-26 * largest / unit)
+        yield within(part, Bounded(exact, error), f"second derivative at {what}")
 
 
 def _with_reference(subject, case, blocks):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rescnn_verify.bounds.roundoff import SIGNIFICAND_BITS
+from rescnn_verify.bounds.roundoff import SIGNIFICAND_BITS, UNIT
 from rescnn_verify.case import Case
 from rescnn_verify.handles import BlockHandles, ConvNorm
 from rescnn_verify.oracles.integer import ExactPass, exact_pass
@@ -20,7 +21,7 @@ from rescnn_verify.oracles.layers import (
 )
 from rescnn_verify.probes import BIG_VARIANCE, as_input, fill, set_norm
 
-__all__ = ["Certified", "certify", "make_real", "values_of"]
+__all__ = ["Certified", "certify", "make_balanced", "make_real", "values_of"]
 
 
 @dataclass(frozen=True)
@@ -209,3 +210,48 @@ def make_real(blocks: Sequence[BlockHandles], case: Case, magnitude: float) -> t
                 variance=variance,
             )
     return read_network(blocks)
+
+
+def make_balanced(block: BlockHandles, case: Case) -> tuple[np.ndarray, float]:
+    """Writes a block, and makes an input, whose norms see half of their values at −s, half at s.
+
+    So a batch's variance is s² to the bit, s a power of two so large that eps is rounded off, and
+    a norm multiplies by a power of two in either mode. Each branch channel hands on one channel
+    of the input, each fusion channel one of the branches, and no ReLU has an input near 0.
+
+    Args:
+        block: where it is written.
+        case: of an even number of values for each channel.
+
+    Returns:
+        The input, of shape (batch, channels, length), and s, to which inputs, biases and weights of
+        the fusion are proportional.
+    """
+    rng = case.rng("balanced network")
+    # Half a unit in the last place of s² exceeds eps.
+    eps = max(layer.norm.eps for layer in block.layers)
+    size = 2.0 ** math.ceil(math.log2(eps / UNIT["float64"]) / 2 + 1)
+    signs = np.repeat([-1.0, 1.0], case.batch * case.length // 2)
+    x = np.stack([rng.permutation(signs) for _ in range(case.channels)])
+    x = x.reshape(case.channels, case.batch, case.length).swapaxes(0, 1) * size
+    heights = []
+    for layer in block.layers:
+        out, given, kernel = layer.conv.weight.shape
+        slopes = rng.choice([-2.0, -1.0, 1.0, 2.0], out)
+        picked, weight = rng.integers(given, size=out), rng.choice([-1.0, 1.0], out)
+        mean = np.zeros(out)
+        if layer is block.fusion:
+            # A branch's output is 0 or its slope.
+            mean = weight * size
+            weight = 2 * mean / np.concatenate(heights)[picked]
+        heights.append(np.abs(slopes))
+        taps = np.zeros((out, given, kernel))
+        taps[np.arange(out), picked, kernel // 2] = weight
+        fill(layer.conv.weight, taps)
+        bias = _small(rng, out)
+        if layer.conv.bias is not None:
+            fill(layer.conv.bias, bias)
+            mean = mean + bias
+        shift = 3 * _small(rng, out) if layer is block.fusion else 0.0
+        set_norm(layer.norm, scale=slopes, shift=shift, mean=mean, variance=size**2)
+    return x, size

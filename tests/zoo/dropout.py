@@ -249,3 +249,16 @@ class FrozenShiftIsNotDropped(Stack):
                 return super().fuse(y)
             shift = norm.bias[:, None]
             return self.drop(norm(conv(y)) - shift) + shift
+
+
+@wrong("dropout", "a batch that is one sample expanded is computed once, and so is its mask")
+class OneMaskForExpandedBatch(Stack):
+    class Block(Block):
+        def forward(self, x):
+            self.alike = len(x) > 1 and x.stride(0) == 0
+            return super().forward(x)
+
+        def drop(self, y):
+            if not (self.training and self.alike):
+                return super().drop(y)
+            return y * keep(y, (1, y.shape[1], 1), self.p)

@@ -351,3 +351,59 @@ class SavesInBfloat16(Stack):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return super().forward(x)
+
+
+class KeptOnContext(Function):
+    """A convolution that keeps its input where autograd does not see that it is changed."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, padding):
+        ctx.kept = x, weight, padding
+        return F.conv1d(x, weight, bias, padding=padding)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, padding = ctx.kept
+        wanted = list(ctx.needs_input_grad[:3])
+        sizes = [weight.shape[0]]
+        found = torch.ops.aten.convolution_backward(
+            gradient, x, weight, sizes, [1], [padding], [1], False, [0], 1, wanted
+        )
+        return (*found, None)
+
+
+@wrong("gradients", "an input that is changed before backward gives the gradients of the new one")
+class ForgetsWhatWasChanged(Stack):
+    class Block(Block):
+        def convolve(self, conv, x):
+            return KeptOnContext.apply(x, conv.weight, conv.bias, conv.padding[0])
+
+
+class StatisticsAreConstants(Function):
+    """Batch norm whose backward pass is right, but not made to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        var, mean = torch.var_mean(x, (0, 2), unbiased=False)
+        inverse = (var + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, inverse)
+        return (x - mean[:, None]) * (inverse * weight)[:, None] + bias[:, None]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, mean, inverse = ctx.saved_tensors
+        normal = (x - mean[:, None]) * inverse[:, None]
+        shift, scale = gradient.sum((0, 2)), (gradient * normal).sum((0, 2))
+        count = x.shape[0] * x.shape[2]
+        centred = gradient - shift[:, None] / count - normal * scale[:, None] / count
+        return centred * (weight * inverse)[:, None], scale, shift, None
+
+
+@wrong("gradients", "second derivatives in train mode take the batch's statistics for constants")
+class SecondDerivativesWithoutStatistics(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if not norm.training:
+                return norm(x)
+            batch_norm(norm, x.detach())
+            return StatisticsAreConstants.apply(x, norm.weight, norm.bias, norm.eps)

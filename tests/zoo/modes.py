@@ -302,3 +302,62 @@ class TilesWeighAlike(Stack):
             var, count = squares.mean(0), x.shape[0] * x.shape[2]
             update_statistics(norm, mean, var * count / (count - 1))
             return affine(norm, x, mean, torch.sqrt(var + norm.eps))
+
+
+@wrong("modes", "folded weights outlive a cast to a wider dtype, which leaves their values alike")
+class WidenedFold(Stack):
+    class Block(Block):
+        def build(self):
+            super().build()
+            self.folds = {}
+
+        def normalise(self, norm, x):
+            if norm.training or torch.is_grad_enabled():
+                return norm(x)
+            made_of = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            kept = self.folds.get(norm)
+            if kept is None or not all(map(torch.equal, kept[0], [t.double() for t in made_of])):
+                scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+                fold = scale, norm.bias - norm.running_mean * scale
+                kept = self.folds[norm] = [t.double().clone() for t in made_of], fold
+            scale, shift = (t.to(x.dtype)[:, None] for t in kept[1])
+            return x * scale + shift
+
+
+class Replay:
+    """A part of a training model that is run again for backward, once without learning."""
+
+    def __init__(self, block, part):
+        self.block, self.part, self.runs = block, part, 0
+
+    def __call__(self, y):
+        self.runs += 1
+        if self.runs != 2:
+            return self.part(y)
+        norm = self.block.fusion[1]
+        before = {name: value.clone() for name, value in norm.named_buffers()}
+        out = self.part(y)
+        with torch.no_grad():
+            for name, value in norm.named_buffers():
+                value.copy_(before[name])
+        return out
+
+
+@wrong("modes", "a second backward pass through one graph runs the block again and learns from it")
+class SecondBackwardLearns(Stack):
+    class Block(Block):
+        def fuse(self, y):
+            if not (self.training and torch.is_grad_enabled()):
+                return super().fuse(y)
+            return checkpoint(Replay(self, super().fuse), y, use_reentrant=False)
+
+
+@wrong("modes", "blocks whose fusion has scale and shift 0 are skipped, in train mode, too")
+class SkipsZeroFusions(Stack):
+    class Block(Block):
+        def forward(self, x):
+            self.check_input(x)
+            norm = self.fusion[1]
+            if norm.weight.is_meta or norm.weight.any() or norm.bias.any():
+                return super().forward(x)
+            return self.activate(x + 0 * sum(p.sum() for p in self.parameters()))
