@@ -13,6 +13,7 @@ from rescnn_verify.networks import certify, make_real, values_of
 from rescnn_verify.oracles.layers import Block, gradients_beside, read_network
 from rescnn_verify.oracles.real import real_pass, running_statistics
 from rescnn_verify.probes import (
+    FROZEN,
     PARTS,
     as_input,
     freeze_norms,
@@ -170,7 +171,7 @@ def real_networks_are_within_their_bound(subject, case):
         dtype=Choice("float64"), mode=Choice("train"), length=Integers(1, 4200),
         batch=Integers(1, 130), magnitude=Choice(1.0, 1e-6, 1e3, 1e-3), spread=Choice(False),
         dropout=Choice(0.0), counted=Choice(0, 1, 9, 100, 1000, 10**6), context=Choice(*CONTEXTS),
-        frozen=Choice("no block", "some blocks"), zero=Choice(*ZERO),
+        frozen=Choice(*FROZEN), zero=Choice(*ZERO),
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
@@ -181,7 +182,7 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
 
     It also moves the running statistics by the documented law: 0.9 times the old plus 0.1 times the
     batch's mean and unbiased variance, one more batch counted, however many there were before and
-    whether or not gradients are recorded. Blocks whose norms are in eval mode keep theirs. Checked
+    whether or not gradients are recorded. Norms that are in eval mode keep theirs. Checked
     without dropout.
     """
     yield from _trains_as_the_reference(subject, case)
@@ -192,7 +193,7 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
         dtype=Choice("float64"), mode=Choice("train"), length=Integers(257, 4200),
         batch=Integers(1, 3), channels=Integers(1, 6), num_blocks=Integers(1, 3),
         magnitude=Choice(1.0), spread=Choice(False), dropout=Choice(0.0), counted=Choice(0, 9),
-        context=Choice(*CONTEXTS), frozen=Choice("no block", "some blocks"), zero=Choice(*ZERO),
+        context=Choice(*CONTEXTS), frozen=Choice(*FROZEN), zero=Choice(*ZERO),
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
@@ -242,15 +243,14 @@ def _real_network(blocks, case):
 
 
 def _frozen(network, blocks, case):
-    """The network, the norms of some of its blocks put into eval mode if the case says so."""
+    """The network, some of its norms put into eval mode as the case says."""
     chosen = freeze_norms(blocks, case["frozen"], case.rng("frozen"))
-    return tuple(
-        Block(
-            tuple(replace(layer, frozen=is_frozen) for layer in block.branches),
-            replace(block.fusion, frozen=is_frozen),
-        )
-        for block, is_frozen in zip(network, chosen, strict=True)
-    )
+    frozen = []
+    for block, flags in zip(network, chosen, strict=True):
+        layers = (*block.branches, block.fusion)
+        layers = [replace(layer, frozen=f) for layer, f in zip(layers, flags, strict=True)]
+        frozen.append(Block(tuple(layers[:-1]), layers[-1]))
+    return tuple(frozen)
 
 
 def _learned(counted, blocks, network, expected, dtype):
@@ -306,7 +306,7 @@ def training_on_many_values_is_within_the_bound(subject, case):
     space=INPUTS.narrow(
         dtype=Choice("float64"), length=Integers(1, 600), batch=Integers(1, 130),
         magnitude=Choice(1.0, 1e-6, 1e3, 1e-3), spread=Choice(False, True), dropout=Choice(0.0),
-        frozen=Choice("no block", "some blocks"), constant=Choice("nothing", *PARTS),
+        frozen=Choice(*FROZEN), constant=Choice("nothing", *PARTS),
         input=Choice("wanted", "unwanted"), zero=Choice(*ZERO),
     ),
     needs=(*REFERENCE, DIRECT),

@@ -69,8 +69,8 @@ def only_the_state_counts(subject, case):
 
     Before: calls on other shapes, in either mode and another dtype, refused ones, backward passes,
     training, edits and loading of weights, each after a call on the same input. Outputs, gradients
-    and what a training call learns are the same to the bit. Caches of weights, shapes, masks or
-    results all show.
+    and what a training call learns are the same to the bit, and so is what the model claims. Caches
+    of weights, shapes, masks or results all show.
     """
     used = subject.model(case)
     randomise(used, case.rng("weights"))
@@ -78,10 +78,18 @@ def only_the_state_counts(subject, case):
     new = subject.set_mode(subject.build(case), "eval")
     state = {name: value.clone() for name, value in used.state_dict().items()}
     attempt("load_state_dict", lambda: new.load_state_dict(state))
+    yield equal(_claims(subject, used, case), _claims(subject, new, case), "what the model claims")
     expected = _behaviour(subject, new, case)
     yield same_tensors(
         _behaviour(subject, used, case), expected, "of a used model, against a new one"
     )
+
+
+def _claims(subject, model, case):
+    return {
+        what: attempt(f"claimed {what}", lambda claim=claim: claim(model, case.config))
+        for what, claim in subject.target.claims.items()
+    }
 
 
 def _behaviour(subject, model, case):

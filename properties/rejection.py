@@ -21,7 +21,7 @@ def _has_argument(target, invalid):
     kind, value = invalid
     if kind == "num_blocks":
         return target.space.get(kind) not in (None, Choice(1))
-    if kind in ("kernel_sizes", "one kernel"):
+    if kind in ("kernel_sizes", "one kernel", "two kernels"):
         kernels = target.space.get("kernel_sizes")
         return isinstance(kernels, Lists) and (value != () or kernels.high > 1)
     return target.space.get(kind) is not None
@@ -38,7 +38,8 @@ def impossible_arguments_are_refused(subject, case):
     That is: a non-positive or non-integer count or kernel (a bool is not an integer), no kernel, a
     dropout outside [0, 1] or NaN. The error is one of the target's declared types.
     """
-    if not _has_argument(subject.target, case["invalid"]):
+    how = case["invalid"]
+    if not (_has_argument(subject.target, how) and spoilable(case.config, how)):
         return
     config, names, value = spoiled(case.config, case["invalid"], case.seed)
     what = f"building {config.describe()}"

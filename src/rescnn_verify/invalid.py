@@ -16,6 +16,8 @@ IMPOSSIBLE: tuple[tuple[str, Any], ...] = (
     *(("num_blocks", value) for value in (0, -1, True, 2.0, 1.5)),
     ("kernel_sizes", ()),
     *(("one kernel", value) for value in (0, -3, -1, True, 3.0, 2.5)),
+    # Beside an equal one that is valid.
+    *(("two kernels", values) for values in ((3.0, 3), (True, 1))),
     *(("dropout", value) for value in (-0.5, -1e-9, 1.5, 1.0000001)),
     *(("dropout", value) for value in (math.nan, math.inf, -math.inf)),
 )

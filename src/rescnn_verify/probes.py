@@ -199,19 +199,28 @@ def part_of(
     }
 
 
+#: Which norms of a training model are in eval mode; of "some" each one with chance ½.
+FROZEN = ("no block", "some blocks", "some norms")
+
+
 def freeze_norms(
     blocks: Sequence[BlockHandles], which: str, rng: np.random.Generator
-) -> tuple[bool, ...]:
-    """Puts norms into eval mode: those of "no block" or of "some blocks", each with chance ½.
+) -> tuple[tuple[bool, ...], ...]:
+    """Puts norms into eval mode, one of `FROZEN`.
 
     Returns:
-        Whether a block's norms are frozen, for each block.
+        Whether a layer's norm is, for each layer of each block.
     """
-    chosen = tuple(which == "some blocks" and bool(rng.integers(2)) for _ in blocks)
-    for block, is_frozen in zip(blocks, chosen, strict=True):
-        for layer in block.layers if is_frozen else ():
-            layer.norm.eval()
-    return chosen
+    chosen = []
+    for block in blocks:
+        flags = rng.integers(2, size=len(block.layers)).astype(bool)
+        if which != "some norms":
+            flags[:] = which == "some blocks" and flags[0]
+        chosen.append(tuple(flags.tolist()))
+        for layer, is_frozen in zip(block.layers, flags, strict=True):
+            if is_frozen:
+                layer.norm.eval()
+    return tuple(chosen)
 
 
 @contextmanager
