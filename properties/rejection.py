@@ -28,7 +28,7 @@ def _has_argument(target, invalid):
 
 
 @statement(
-    space=Space(invalid=Choice(*IMPOSSIBLE)),
+    space=Space(invalid=Choice(*IMPOSSIBLE), seed=INPUTS.get("seed")),
     needs=(REFUSALS,),
     effort=6,
 )

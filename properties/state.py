@@ -290,7 +290,7 @@ def the_state_dict_names_every_tensor(subject, case):
         yield equal(state[name].data_ptr(), tensor.data_ptr(), f"memory of {name}")
 
 
-@statement(space=Space(), needs=(STACK,))
+@statement(space=Space(seed=INPUTS.get("seed")), needs=(STACK,))
 def a_missing_entry_is_refused(subject, case):
     """load_state_dict refuses a state_dict without one of the entries, and one with another.
 
@@ -314,7 +314,11 @@ def a_missing_entry_is_refused(subject, case):
         yield holds(refused, f"load_state_dict {what}", "an exception", "it loads")
 
 
-@statement(space=Space(dtype=Choice("float32", "float64")), needs=(CONTRACT,), effort=0.4)
+@statement(
+    space=Space(dtype=Choice("float32", "float64"), seed=INPUTS.get("seed")),
+    needs=(CONTRACT,),
+    effort=0.4,
+)
 def building_draws_only_from_torch(subject, case):
     """Initial weights are a function of torch's generator alone, not of NumPy's or Python's."""
     states = []

@@ -12,7 +12,7 @@ from rescnn_verify.needs import (
     CONTRACT,
     HANDLES,
 )
-from rescnn_verify.space import Space
+from rescnn_verify.space import INPUTS, Space
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import seed_torch
 
@@ -102,7 +102,7 @@ def claimed_parameter_count(subject, case):
     yield equal(sum(p.numel() for p in model.parameters()), claimed, "parameters of the model")
 
 
-@statement(space=Space(), needs=(CONTRACT,), effort=0.2)
+@statement(space=Space(seed=INPUTS.get("seed")), needs=(CONTRACT,), effort=0.2)
 def constructor_defaults(subject, case):
     """The defaults are kernel_sizes (3, 5, 7), dropout 0.1 and, of a stack, 512 channels, 3 blocks.
 

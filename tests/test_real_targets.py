@@ -76,7 +76,7 @@ KEPT = {
         "structure.claimed_parameter_count",
         "locality.a_changed_position_stays_in_its_window",
         "rejection.nan_and_infinity_come_out",
-        "modes.eval_remembers_no_earlier_call",
+        "modes.only_the_state_counts",
     ),
     "monai_blocks:INSTANCE_NORM_UNIT": (
         "shape.shape_dtype_and_device_are_kept",
@@ -110,7 +110,7 @@ EASILY_ACCUSED = {
     ("monai_blocks:ASPP", "gradients.accumulating_twice_doubles"): SHAPE,
     ("monai_blocks:ASPP", "modes.one_value_per_channel_cannot_train"): SHAPE,
     ("monai_blocks:ASPP", "state.everything_moves_with_the_model"): SHAPE,
-    ("monai_blocks:INSTANCE_NORM_UNIT", "modes.eval_remembers_no_earlier_call"): (
+    ("monai_blocks:INSTANCE_NORM_UNIT", "modes.only_the_state_counts"): (
         "a length of 1 is not promised"
     ),
 }

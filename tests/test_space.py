@@ -24,6 +24,7 @@ from rescnn_verify.space import (
 )
 from rescnn_verify.statement import all_properties
 from rescnn_verify.target import load
+from rescnn_verify.trial import run_trial
 
 EVERYTHING = ARCHITECTURES * INPUTS
 SMALL_KERNELS = Lists(Choice(3, 5), 1, 2)
@@ -313,6 +314,16 @@ def test_every_case_drawn_for_a_property_survives_its_json_form(prop):
     for trial in trials_of(prop):
         for case in trial:
             assert Case.from_json(case.to_json()).dumps() == case.dumps()
+
+
+@pytest.mark.parametrize(
+    "prop", [p for p in PROPERTIES if not p.space.get("seed")], ids=lambda p: p.name
+)
+def test_a_property_without_a_seed_draws_nothing(prop, monkeypatch):
+    drawn_for, rng = [], Case.rng
+    monkeypatch.setattr(Case, "rng", lambda case, what: drawn_for.append(what) or rng(case, what))
+    run_trial(prop, BUNDLED, trials_of(prop)[0])
+    assert drawn_for == []
 
 
 def test_no_case_of_a_property_costs_more_than_its_limit():
