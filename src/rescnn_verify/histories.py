@@ -99,12 +99,11 @@ def _elsewhere(
     subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
 ) -> nn.Module:
     # To a dtype and back that rounds nothing, also of a constant that is no part of the state.
-    dtype = "float32" if case.dtype != "float32" else "float64"
-    for to, called in ((dtype, True), (case.dtype, False)):
-        attempt(f"moving the model to {to}", lambda to=to: model.to(DTYPES[to]))
-        if called:
-            with torch.no_grad():
-                subject(model, normal_input(replace(case, dtype=to)))
+    other = replace(case, dtype="float32" if case.dtype != "float32" else "float64")
+    attempt(f"moving the model to {other.dtype}", lambda: model.to(DTYPES[other.dtype]))
+    with torch.no_grad():
+        subject(model, normal_input(other))
+    attempt(f"moving the model back to {case.dtype}", lambda: model.to(DTYPES[case.dtype]))
     return model
 
 

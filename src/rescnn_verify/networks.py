@@ -234,7 +234,7 @@ def make_balanced(block: BlockHandles, case: Case) -> tuple[np.ndarray, float]:
     signs = np.repeat([-1.0, 1.0], case.batch * case.length // 2)
     x = np.stack([rng.permutation(signs) for _ in range(case.channels)])
     x = x.reshape(case.channels, case.batch, case.length).swapaxes(0, 1) * size
-    heights = []
+    heights: list[np.ndarray] = []
     for layer in block.layers:
         out, given, kernel = layer.conv.weight.shape
         slopes = rng.choice([-2.0, -1.0, 1.0, 2.0], out)

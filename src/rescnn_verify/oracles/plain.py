@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from rescnn_verify.handles import BlockHandles, ConvNorm
@@ -15,7 +15,7 @@ __all__ = ["plain_call", "second_derivative"]
 
 def plain_call(
     blocks: Sequence[BlockHandles],
-    values: Mapping[nn.Parameter, Tensor],
+    values: Mapping[Tensor, Tensor],
     x: Tensor,
     *,
     train: bool,
