@@ -104,17 +104,18 @@ def _learned(tensor):
 def _learners(subject, model, case, exact):
     """Parameters and, in training, running statistics: name, tensor, bound on what it learns."""
     tensors = (*model.named_parameters(), *model.named_buffers())
-    names = {id(tensor): name for name, tensor in tensors}
+    names = {id(tensor): name for name, tensor in tensors}  # a parametrized one has none
     statistics = exact.statistics or [() for _ in exact.gradients]
     for block, gradients, learned in zip(
         subject.handles(model, case), exact.gradients, statistics, strict=True
     ):
         for layer, own in zip(block.layers, gradients, strict=True):
-            yield names[id(layer.conv.weight)], layer.conv.weight, own.weight
-            if layer.conv.bias is not None:
-                yield names[id(layer.conv.bias)], layer.conv.bias, own.bias
-            yield names[id(layer.norm.weight)], layer.norm.weight, own.scale
-            yield names[id(layer.norm.bias)], layer.norm.bias, own.shift
+            for tensor, gradient in (
+                (layer.conv.weight, own.weight), (layer.conv.bias, own.bias),
+                (layer.norm.weight, own.scale), (layer.norm.bias, own.shift),
+            ):  # fmt: skip
+                if id(tensor) in names:
+                    yield names[id(tensor)], tensor, gradient
         for layer, batch in zip(block.layers, learned, strict=bool(learned)):
             mean, variance = layer.norm.running_mean, layer.norm.running_var
             yield names[id(mean)], mean, _moved(batch.mean, layer.norm, case)

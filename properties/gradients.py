@@ -15,6 +15,7 @@ from rescnn_verify.compare import (
     same_tensors,
     within,
 )
+from rescnn_verify.handles import fill, put
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION, STACK
 from rescnn_verify.networks import certify, make_balanced
 from rescnn_verify.oracles.integer import exact_pass
@@ -24,7 +25,6 @@ from rescnn_verify.oracles.real import Bounded, real_pass
 from rescnn_verify.probes import (
     PARTS,
     as_input,
-    fill,
     make_positive,
     normal_input,
     part_of,
@@ -33,7 +33,7 @@ from rescnn_verify.probes import (
 )
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import seed_torch
+from rescnn_verify.subject import NotApplicable, seed_torch
 
 SMALL = INPUTS.narrow(batch=Integers(1, 130), length=Integers(1, 600))
 NO_RANDOM_DROPOUT = Constraint(
@@ -92,8 +92,8 @@ def positive_networks_have_no_zero_gradient(subject, case):
                 "shift": layer.norm.bias,
             }
             for kind, parameter in parameters.items():
-                if parameter is None:
-                    continue
+                if not isinstance(parameter, torch.nn.Parameter):
+                    continue  # none, or parametrized
                 if parameter.grad is None:
                     raise Falsified(f"gradient of {kind} {j} of block {i}", "a tensor", "None")
                 seen = parameter.grad
@@ -275,7 +275,7 @@ def finite_differences_are_exact(subject, case):
         channel = int(case.rng("channel").integers(case.channels))
         shifts = shift.detach().cpu().double().numpy().copy()
         shifts[channel] += step
-        fill(shift, shifts)
+        put(blocks[0].fusion.norm, "bias", shifts)
         after = subject(model, inputs)
     change = (after - out).double().cpu().numpy() / step
     if np.array_equal((after > 0).cpu().numpy(), (out > 0).cpu().numpy()) and case.num_blocks == 1:
@@ -434,6 +434,8 @@ def second_derivatives_are_the_reference_s(subject, case):
         units[layer.conv.bias] = size
         units[layer.norm.weight] = units[layer.norm.bias] = 1.0
     units.pop(None, None)
+    if not all(leaf.is_leaf for leaf in units):
+        raise NotApplicable("some parameters are parametrized")
     rng = case.rng("directions")
     directions = [
         torch.from_numpy(rng.integers(-1, 2, tuple(leaf.shape)) * unit).to(leaf)

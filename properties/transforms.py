@@ -7,10 +7,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rescnn_verify.bounds.roundoff import FORMATS
 from rescnn_verify.compare import describe, within
+from rescnn_verify.handles import put
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.oracles.layers import read_network
 from rescnn_verify.oracles.real import real_pass
-from rescnn_verify.probes import fill, normal_input, randomise
+from rescnn_verify.probes import normal_input, randomise, set_norm
 from rescnn_verify.space import INPUTS, Choice, Integers
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import NotApplicable, NothingCompiledError, compiled, seed_torch
@@ -136,12 +137,8 @@ def _fold(conv, norm):
     weight, shift = fuse_conv_bn_weights(
         conv.weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
-    with torch.no_grad():
-        conv.weight.copy_(weight)
-        norm.bias.copy_(shift)
-        if conv.bias is not None:
-            conv.bias.copy_(shift)
-            norm.bias.zero_()
-        nn.init.zeros_(norm.running_mean)
-        nn.init.ones_(norm.running_var)
-    fill(norm.weight, np.full(norm.num_features, np.sqrt(1 + norm.eps)))
+    weight, shift = (t.detach().cpu().double().numpy() for t in (weight, shift))
+    put(conv, "weight", weight)
+    put(conv, "bias", shift)
+    left = shift if conv.bias is None else 0.0
+    set_norm(norm, scale=np.sqrt(1 + norm.eps), shift=left)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rescnn_verify.case import Config
-from rescnn_verify.compare import Falsified
+from rescnn_verify.compare import Falsified, NotApplicable, describe
 
-__all__ = ["BlockHandles", "ConvNorm", "contract_handles"]
+__all__ = ["BlockHandles", "ConvNorm", "contract_handles", "fill", "put"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,40 @@ class BlockHandles:
     def layers(self) -> tuple[ConvNorm, ...]:
         """The branches in order, then the fusion."""
         return (*self.branches, self.fusion)
+
+
+def fill(tensor: Tensor, values: np.ndarray) -> None:
+    """Writes float64 values into a parameter, buffer or input of any dtype and device."""
+    with torch.no_grad():
+        tensor.copy_(torch.from_numpy(np.asarray(values, dtype=np.float64)))
+
+
+def put(module: nn.Module, name: str, values: np.ndarray) -> None:
+    """Writes float64 values into a layer's tensor of that name; one that it has not stays so.
+
+    A parametrized tensor is computed whenever it is read, so it is assigned, and what stands behind
+    it follows.
+
+    Args:
+        values: of the tensor's shape, or of one that broadcasts to it.
+
+    Raises:
+        NotApplicable: the tensor cannot be assigned, or holds something else afterwards.
+    """
+    tensor = getattr(module, name)
+    if tensor is None:
+        return
+    if name in module._parameters or name in module._buffers:
+        fill(tensor, values)
+        return
+    with torch.no_grad():
+        fill(wanted := torch.empty_like(tensor), values)
+        try:
+            setattr(module, name, wanted)
+        except Exception as error:
+            raise NotApplicable(f"a layer's {name} cannot be set: {describe(error)}") from error
+        if not torch.equal(getattr(module, name), wanted):
+            raise NotApplicable(f"a layer's {name} cannot be set to every value")
 
 
 def contract_handles(model: nn.Module, config: Config) -> tuple[BlockHandles, ...]:
@@ -86,19 +121,18 @@ def _told_apart(model: nn.Module, handles: tuple[BlockHandles, ...], place: int)
         with torch.no_grad():
             model.eval()
             for layer in (layer for other in handles for layer in other.layers):
-                layer.norm.weight.zero_()
-                layer.norm.bias.zero_()
-            branch.norm.bias.fill_(1)
+                put(layer.norm, "weight", np.zeros(()))
+                put(layer.norm, "bias", np.zeros(()))
+            put(branch.norm, "bias", np.ones(()))
             fusion_norm, branch_norm = fusion.norm, branch.norm
             if bool((model(x) > 1.5).all()):
                 fusion_norm, branch_norm = branch_norm, fusion_norm
             for norm, scale, shift in ((branch_norm, 0, 1), (fusion_norm, 1, 0)):
-                norm.weight.fill_(scale)
-                norm.bias.fill_(shift)
+                put(norm, "weight", np.full((), scale))
+                put(norm, "bias", np.full((), shift))
             for conv, weight in ((branch.conv, 1), (fusion.conv, 0)):
-                conv.weight.fill_(weight)
-                if conv.bias is not None:
-                    conv.bias.zero_()
+                put(conv, "weight", np.full((), weight))
+                put(conv, "bias", np.zeros(()))
             fusion_conv, branch_conv = fusion.conv, branch.conv
             if bool((model(x) > 1.5).all()):
                 fusion_conv, branch_conv = branch_conv, fusion_conv

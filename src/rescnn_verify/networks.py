@@ -10,7 +10,7 @@ import numpy as np
 
 from rescnn_verify.bounds.roundoff import SIGNIFICAND_BITS, UNIT
 from rescnn_verify.case import Case
-from rescnn_verify.handles import BlockHandles, ConvNorm
+from rescnn_verify.handles import BlockHandles, ConvNorm, put
 from rescnn_verify.oracles.integer import ExactPass, exact_pass
 from rescnn_verify.oracles.layers import (
     Block,
@@ -19,7 +19,7 @@ from rescnn_verify.oracles.layers import (
     read_network,
     write_network,
 )
-from rescnn_verify.probes import BIG_VARIANCE, as_input, fill, set_norm
+from rescnn_verify.probes import BIG_VARIANCE, as_input, set_norm
 
 __all__ = ["Certified", "certify", "make_balanced", "make_real", "values_of"]
 
@@ -193,12 +193,14 @@ def make_real(blocks: Sequence[BlockHandles], case: Case, magnitude: float) -> t
         for layer in block.layers:
             shape = tuple(layer.conv.weight.shape)
             size = 10.0 ** rng.uniform(-6, 3)
-            fill(
-                layer.conv.weight, rng.standard_normal(shape) * size / np.sqrt(shape[1] * shape[2])
+            put(
+                layer.conv,
+                "weight",
+                rng.standard_normal(shape) * size / np.sqrt(shape[1] * shape[2]),
             )
             scale = magnitude * size
             if layer.conv.bias is not None:
-                fill(layer.conv.bias, rng.normal(0, 0.3, shape[0]) * scale)
+                put(layer.conv, "bias", rng.normal(0, 0.3, shape[0]) * scale)
             variance = 10.0 ** rng.uniform(-9, 4, shape[0])
             signs = rng.choice([-1, 1, 1], shape[0])
             slope = signs * rng.uniform(0.3, 1.5, shape[0]) / size
@@ -247,10 +249,10 @@ def make_balanced(block: BlockHandles, case: Case) -> tuple[np.ndarray, float]:
         heights.append(np.abs(slopes))
         taps = np.zeros((out, given, kernel))
         taps[np.arange(out), picked, kernel // 2] = weight
-        fill(layer.conv.weight, taps)
+        put(layer.conv, "weight", taps)
         bias = _small(rng, out)
         if layer.conv.bias is not None:
-            fill(layer.conv.bias, bias)
+            put(layer.conv, "bias", bias)
             mean = mean + bias
         shift = 3 * _small(rng, out) if layer is block.fusion else 0.0
         set_norm(layer.norm, scale=slopes, shift=shift, mean=mean, variance=size**2)

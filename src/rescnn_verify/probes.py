@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rescnn_verify.case import Case
-from rescnn_verify.handles import BlockHandles, ConvNorm
+from rescnn_verify.handles import BlockHandles, ConvNorm, fill, put
 from rescnn_verify.subject import DTYPES
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "as_input",
     "called_within",
     "exact_norm",
-    "fill",
     "impulse_rows",
     "make_end_taps",
     "make_positive",
@@ -151,8 +150,8 @@ def with_small_variances(
         old = norm.running_var.detach().cpu().double().numpy()
         new = least ** rng.random(len(old))
         scale = norm.weight.detach().cpu().double().numpy()
-        fill(norm.running_var, new)
-        fill(norm.weight, scale * np.sqrt((new + norm.eps) / (old + norm.eps)))
+        put(norm, "running_var", new)
+        put(norm, "weight", scale * np.sqrt((new + norm.eps) / (old + norm.eps)))
 
 
 #: What people freeze: parts of the architecture, or any parameters.
@@ -321,11 +320,10 @@ def set_norm(
     variance: np.ndarray | float = 1.0,
 ) -> None:
     """Sets a norm's parameters and running statistics, as far as it has them."""
-    pairs = ((norm.weight, scale), (norm.bias, shift))
-    pairs += ((norm.running_mean, mean), (norm.running_var, variance))  # type: ignore[assignment]
-    for tensor, value in pairs:
-        if tensor is not None:
-            fill(tensor, np.full(tensor.shape[0], value))
+    for name, value in (
+        ("weight", scale), ("bias", shift), ("running_mean", mean), ("running_var", variance)
+    ):  # fmt: skip
+        put(norm, name, np.asarray(value))
 
 
 def make_positive(blocks: tuple[BlockHandles, ...], rng: np.random.Generator) -> None:
@@ -334,7 +332,7 @@ def make_positive(blocks: tuple[BlockHandles, ...], rng: np.random.Generator) ->
         for layer in block.layers:
             shape = tuple(layer.conv.weight.shape)
             fan_in = shape[1] * shape[2]
-            fill(layer.conv.weight, rng.uniform(0.5, 1.5, shape) / fan_in)
+            put(layer.conv, "weight", rng.uniform(0.5, 1.5, shape) / fan_in)
             _zero_bias(layer)
             set_norm(layer.norm)
 
@@ -347,14 +345,13 @@ def shrink_fusion(blocks: tuple[BlockHandles, ...], rng: np.random.Generator, mo
     """
     for block in blocks:
         for layer in block.layers:
-            fill(layer.conv.weight, rng.standard_normal(tuple(layer.conv.weight.shape)))
+            put(layer.conv, "weight", rng.standard_normal(tuple(layer.conv.weight.shape)))
             _zero_bias(layer)
             set_norm(layer.norm)
-        widths = [b.conv.weight.detach().double().abs().sum((1, 2)) for b in block.branches]
-        fusion = block.fusion.conv.weight
-        with torch.no_grad():
-            largest = (fusion.double().abs()[:, :, 0] @ torch.cat(widths)).max()
-            fusion.mul_(float(most / (2 * largest)))
+        sums = [np.abs(_weight_of(branch.conv)).sum((1, 2)) for branch in block.branches]
+        fusion = _weight_of(block.fusion.conv)
+        largest = (np.abs(fusion)[:, :, 0] @ np.concatenate(sums)).max()
+        put(block.fusion.conv, "weight", fusion * (most / (2 * largest)))
 
 
 def only_branch(blocks: tuple[BlockHandles, ...], index: int) -> None:
@@ -362,10 +359,9 @@ def only_branch(blocks: tuple[BlockHandles, ...], index: int) -> None:
     for block in blocks:
         widths = [branch.conv.weight.shape[0] for branch in block.branches]
         start = sum(widths[:index])
-        with torch.no_grad():
-            keep = block.fusion.conv.weight[:, start : start + widths[index]].clone()
-            block.fusion.conv.weight.zero_()
-            block.fusion.conv.weight[:, start : start + widths[index]] = keep
+        fusion = _weight_of(block.fusion.conv)
+        fusion[:, :start] = fusion[:, start + widths[index] :] = 0
+        put(block.fusion.conv, "weight", fusion)
 
 
 def zero_fusion(blocks: tuple[BlockHandles, ...], how: str) -> None:
@@ -378,13 +374,12 @@ def zero_fusion(blocks: tuple[BlockHandles, ...], how: str) -> None:
     for block in blocks:
         fusion = block.fusion
         if how == "norm":
-            fill(fusion.norm.weight, np.zeros(fusion.norm.num_features))
+            put(fusion.norm, "weight", np.zeros(()))
         else:
-            fill(fusion.conv.weight, np.zeros(tuple(fusion.conv.weight.shape)))
+            put(fusion.conv, "weight", np.zeros(()))
             _zero_bias(fusion)
-            if fusion.norm.running_mean is not None:
-                fill(fusion.norm.running_mean, np.zeros(fusion.norm.num_features))
-        fill(fusion.norm.bias, np.zeros(fusion.norm.num_features))
+            put(fusion.norm, "running_mean", np.zeros(()))
+        put(fusion.norm, "bias", np.zeros(()))
 
 
 # A running variance so large that adding any usual epsilon to it rounds it off again, also in the
@@ -418,24 +413,22 @@ def make_end_taps(blocks: tuple[BlockHandles, ...], dtype: str) -> None:
     """
     for block in blocks:
         for layer in block.layers:
-            fill(layer.conv.weight, np.zeros(tuple(layer.conv.weight.shape)))
+            put(layer.conv, "weight", np.zeros(()))
             _zero_bias(layer)
             exact_norm(layer.norm, dtype)
         kernels = [branch.conv.weight.shape[2] for branch in block.branches]
         widest = int(np.argmax(kernels))
         column = sum(branch.conv.weight.shape[0] for branch in block.branches[:widest])
-        with torch.no_grad():
-            block.branches[widest].conv.weight[0, 0, 0] = 1
-            block.branches[widest].conv.weight[0, 0, -1] = 1
-            block.fusion.conv.weight[0, column, 0] = 1
+        ends, handed = _weight_of(block.branches[widest].conv), _weight_of(block.fusion.conv)
+        ends[0, 0, 0] = ends[0, 0, -1] = handed[0, column, 0] = 1
+        put(block.branches[widest].conv, "weight", ends)
+        put(block.fusion.conv, "weight", handed)
 
 
 def _zero_bias(layer: ConvNorm) -> None:
-    if layer.conv.bias is not None:
-        fill(layer.conv.bias, np.zeros(tuple(layer.conv.bias.shape)))
+    put(layer.conv, "bias", np.zeros(()))
 
 
-def fill(tensor: Tensor, values: np.ndarray) -> None:
-    """Writes float64 values into a parameter or buffer of any dtype and device."""
-    with torch.no_grad():
-        tensor.copy_(torch.from_numpy(np.asarray(values, dtype=np.float64)))
+def _weight_of(conv: nn.Conv1d) -> np.ndarray:
+    values: np.ndarray = conv.weight.detach().cpu().double().numpy().copy()
+    return values

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from .base import Block, Stack, positive_integer
@@ -588,3 +589,21 @@ class SharedWorkspace(Stack):
 
 
 WORKSPACE = {}
+
+
+class Mirrored(nn.Module):
+    """A weight kept back to front and twice as large."""
+
+    def forward(self, kept):
+        return kept.flip(-1) / 2
+
+    def right_inverse(self, weight):
+        return weight.flip(-1) * 2
+
+
+@right("the convolutions' weights are parametrized")
+class Parametrized(Stack):
+    class Block(Block):
+        def make_conv(self, width, kernel):
+            conv = super().make_conv(width, kernel)
+            return register_parametrization(conv, "weight", Mirrored())

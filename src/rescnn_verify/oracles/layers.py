@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from rescnn_verify.compare import Falsified, NotApplicable, equal
-from rescnn_verify.handles import BlockHandles, ConvNorm
+from rescnn_verify.handles import BlockHandles, ConvNorm, put
 
 __all__ = [
     "Array",
@@ -80,20 +79,14 @@ class Gradients(Generic[T]):
 
 def write_network(network: Sequence[Block], blocks: Sequence[BlockHandles]) -> None:
     """Writes a network into a model's parameters and running statistics."""
-    with torch.no_grad():
-        for block, handles in zip(network, blocks, strict=True):
-            for layer, own in zip((*block.branches, block.fusion), handles.layers, strict=True):
-                conv, norm = own.conv, own.norm
-                for tensor, values in (
-                    (conv.weight, layer.weight),
-                    (conv.bias, layer.bias),
-                    (norm.weight, layer.scale),
-                    (norm.bias, layer.shift),
-                    (norm.running_mean, layer.mean),
-                    (norm.running_var, layer.variance),
-                ):
-                    if tensor is not None:
-                        tensor.copy_(torch.from_numpy(values))
+    for block, handles in zip(network, blocks, strict=True):
+        for layer, own in zip((*block.branches, block.fusion), handles.layers, strict=True):
+            put(own.conv, "weight", layer.weight)
+            put(own.conv, "bias", layer.bias)
+            put(own.norm, "weight", layer.scale)
+            put(own.norm, "bias", layer.shift)
+            put(own.norm, "running_mean", layer.mean)
+            put(own.norm, "running_var", layer.variance)
 
 
 def read_network(blocks: Sequence[BlockHandles]) -> tuple[Block, ...]:
@@ -141,6 +134,8 @@ def gradients_beside(
 ) -> Iterator[tuple[str, Tensor, T]]:
     """Each parameter's name and gradient, beside what is expected of it.
 
+    (A parametrized tensor is no parameter.)
+
     Args:
         blocks: where the parameters are.
         expected: what is expected of each.
@@ -157,7 +152,7 @@ def gradients_beside(
                 ("scale", layer.norm.weight, own.scale),
                 ("shift", layer.norm.bias, own.shift),
             ):
-                if parameter is None:
+                if not isinstance(parameter, nn.Parameter):
                     continue
                 what = f"gradient of {kind} {j} of block {i}"
                 if parameter in without:
