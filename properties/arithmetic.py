@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from rescnn_verify.bounds.roundoff import FORMATS
-from rescnn_verify.compare import equal, same_bits, within
+from rescnn_verify.compare import equal, same_bits, same_tensors, within
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify, make_real, values_of
 from rescnn_verify.oracles.layers import Block, gradients_beside, read_network
@@ -221,7 +221,8 @@ def _trains_as_the_reference(subject, case):
 def _learns_as_the_reference(subject, case, model, network, x):
     """A training call's output, and what each norm has learned, are within their bounds.
 
-    A bound is lost where a channel is constant over the batch but for round-off.
+    A backward pass then changes nothing of it. A bound is lost where a channel is constant over the
+    batch but for round-off.
     """
     blocks = subject.handles(model, case)
     counted = int(blocks[0].fusion.norm.num_batches_tracked)
@@ -233,6 +234,10 @@ def _learns_as_the_reference(subject, case, model, network, x):
     if expected.in_range and np.isfinite(expected.out.error).all():
         yield within(out, expected.out, "output in train mode, against the reference")
     yield from _learned(counted, blocks, network, expected, case.dtype)
+    if out.requires_grad:
+        learned = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        subject.backward(out, torch.ones_like(out))
+        yield same_tensors(dict(model.named_buffers()), learned, "buffers after a backward pass")
 
 
 def _real_network(blocks, case):

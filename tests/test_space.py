@@ -185,7 +185,7 @@ def test_narrowing_changes_only_what_it_names():
     ],
 )
 def test_an_empty_intersection_is_refused_with_the_name(a, b):
-    with pytest.raises(SpaceError, match=r"^length: no value is in both .* and .*\d|'"):
+    with pytest.raises(SpaceError, match=r"^length: no value is both in .* and in "):
         Space(length=a) * Space(length=b)
 
 
@@ -207,9 +207,7 @@ def test_factors_of_different_kinds_are_refused_with_the_name(a, b):
 def test_the_message_quotes_both_factors():
     with pytest.raises(SpaceError) as refusal:
         ARCHITECTURES.narrow(channels=Integers(200, 300))
-    assert str(refusal.value) == (
-        "channels: no value is in both Integers(low=1, high=128) and Integers(low=200, high=300)"
-    )
+    assert str(refusal.value) == ("channels: no value is both in 1..128 and in 200..300")
 
 
 # --- drawing -------------------------------------------------------------------------------------

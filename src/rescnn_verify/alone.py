@@ -190,8 +190,8 @@ def hanging(unit: Unit, seconds: float) -> Outcome | None:
         return None
     outcome = unfinished(
         unit,
-        f"its last case had been running for {age:.0f} s when the time was up; give it more time, "
-        "or a shorter --case-timeout",
+        f"its last case had been running for {age:.0f} s when the run ended; with more time, or a "
+        "shorter --case-timeout, it would show whether it hangs",
     )
     return outcome if age >= seconds else replace(outcome, verdict=NOTHING_ASSERTED)
 

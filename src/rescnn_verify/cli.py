@@ -198,6 +198,8 @@ def replay(
         paths = [path for place in places for path in find_witnesses(place, witnesses)]
     except WitnessError as error:
         fail(str(error))
+    if script and len(paths) > 1:
+        fail(f"--script prints one script, and here are {len(paths)} witnesses; name one of them")
     console = report.console()
     reproduced = could_not = 0
     for path in paths:

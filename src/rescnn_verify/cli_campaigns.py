@@ -287,6 +287,10 @@ def sweep(
         except SweepError as error:
             fail(str(error))
         resumed, problem = len(work.done), ""
+        if resumed:
+            click.echo(f"{resumed} of {work.units} units were done before: {state}", err=True)
+        for line in work.plans:
+            click.echo(line, err=True)
         found = Witnesses(target, witnesses)
         try:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

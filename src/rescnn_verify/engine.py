@@ -167,7 +167,9 @@ def search_property(
     if device == "cuda" and not torch.cuda.is_available():
         return without_cases(NOT_RUN, "no device")
     if prop.slow and not search.slow:
-        return without_cases(NOT_RUN, "slow: --profile thorough runs it")
+        return without_cases(
+            NOT_RUN, "slow: left to the thorough profile and to campaigns of ten minutes or more"
+        )
     try:
         space = prop.space_for(target, device)
     except SpaceError:

@@ -243,16 +243,16 @@ def _outcome_json(outcome: Outcome, target: str, path: Path | None) -> dict[str,
 def print_report(console: Console, run: Run, witnesses: Written) -> None:
     """The table of properties, every falsification, and the verdict."""
     table = Table(title=escape(run.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("property", no_wrap=True)
+    table.add_column("property", overflow="fold")
     table.add_column("verdict", no_wrap=True)
-    table.add_column("evidence", overflow="fold")
+    table.add_column("evidence", overflow="fold", min_width=12)
     details = console.width >= WIDE
     headings = ("cases", "assertions", *(DETAILS if details else ()), "s")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for outcome in run.outcomes:
-        if outcome.verdict == NOT_RUN:
-            continue  # counted in the summary
+        if outcome.verdict in (NOT_APPLICABLE, NOT_RUN):
+            continue  # named below
         style = STYLES.get(outcome.verdict, "bold yellow")
         table.add_row(
             outcome.name if len(run.devices) == 1 else f"{outcome.name} ({outcome.device})",
@@ -264,6 +264,8 @@ def print_report(console: Console, run: Run, witnesses: Written) -> None:
             f"{outcome.seconds:.1f}",
         )
     console.print(table)
+    for text in _left_out(run):
+        _print(console, f"[dim]{escape(text)}[/]")
     for outcome in run.outcomes:
         if outcome.verdict == FALSIFIED:
             _print_falsified(console, outcome, run.target, _file(outcome, run.target, witnesses))
@@ -305,9 +307,17 @@ def _print_falsified(console: Console, outcome: Outcome, target: str, path: Path
         _print(console, f"  {outcome.what}: expected {outcome.expected}, got {outcome.got}")
 
 
+def _left_out(run: Run) -> list[str]:
+    """Why properties were not tried, and which, one line for each reason."""
+    named: dict[str, list[str]] = {}
+    for outcome in run.outcomes:
+        if outcome.verdict in (NOT_APPLICABLE, NOT_RUN):
+            reason = f"{outcome.verdict}, {' '.join((outcome.reason or '').split())}"
+            named.setdefault(reason, []).append(outcome.name)
+    return [f"{reason}: {', '.join(dict.fromkeys(names))}" for reason, names in named.items()]
+
+
 def _evidence(outcome: Outcome) -> str:
-    if outcome.verdict == NOT_APPLICABLE:
-        return escape(outcome.reason or "")
     if outcome.verdict == INTERNAL_ERROR:
         return ""
     if outcome.verdict == KNOWN:
@@ -337,9 +347,7 @@ def _details(outcome: Outcome) -> tuple[str, ...]:
 
 
 def _summary(run: Run) -> str:
-    counts = Counter(
-        f"{NOT_RUN} ({o.reason})" if o.verdict == NOT_RUN else o.verdict for o in run.outcomes
-    )
+    counts = Counter(outcome.verdict for outcome in run.outcomes)
     if missing := run.planned - len(run.outcomes):
         counts["not reached"] = missing
     parts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
@@ -347,6 +355,8 @@ def _summary(run: Run) -> str:
     assertions = sum(outcome.assertions for outcome in run.outcomes)
     style = STYLES.get(run.verdict, "bold yellow")
     word = run.verdict if FALSIFIED in counts or not run.complaints else "failed, as said above"
+    if run.verdict == HELD and KNOWN in counts:
+        word = "nothing new failed"
     return (
         f"\n[{style}]{word}[/]: {parts}; {cases} cases, {assertions} assertions, "
         f"{run.seconds:.1f} s ({run.setting}, {' and '.join(run.devices)})"

@@ -38,6 +38,9 @@ class Integers:
         is_integer = isinstance(value, int) and not isinstance(value, bool)
         return is_integer and self.low <= value <= self.high  # type: ignore[operator]
 
+    def __str__(self) -> str:
+        return f"{self.low}..{self.high}"
+
 
 @dataclass(frozen=True)
 class Floats:
@@ -48,6 +51,9 @@ class Floats:
 
     def __contains__(self, value: object) -> bool:
         return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.low}..{self.high}"
 
 
 @dataclass(frozen=True, init=False)
@@ -61,6 +67,9 @@ class Choice:
 
     def __contains__(self, value: object) -> bool:
         return value in self.values
+
+    def __str__(self) -> str:
+        return f"[{', '.join(map(_spelled, self.values))}]"
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,16 @@ class Lists:
             and self.low <= len(value) <= self.high
             and all(item in self.element for item in value)
         )
+
+    def __str__(self) -> str:
+        return f"lists of {self.low}..{self.high} from {self.element}"
+
+
+def _spelled(value: Any) -> str:
+    """A value as a space file has it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_spelled, value))}]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 Factor = Integers | Floats | Choice | Lists
@@ -199,7 +218,7 @@ def _common(name: str, a: Factor, b: Factor) -> Factor:
         isinstance(common, Integers | Floats | Lists) and common.low > common.high
     )
     if empty:
-        raise SpaceError(f"{name}: no value is in both {a} and {b}")
+        raise SpaceError(f"{name}: no value is both in {a} and in {b}")
     return common
 
 

@@ -35,8 +35,9 @@ __all__ = ["Sweep", "SweepError", "SweepPlan"]
 
 VERSION = 1
 
-#: Configurations that make a unit, which is what is done again if it was interrupted.
-CHUNK = 20
+#: A unit, which is what is done again if it was interrupted: so many configurations, or as many as
+#: have about so many cases.
+CHUNK, CASES = 20, 1000
 #: Verdicts that running a unit again would not change.
 CONCLUSIVE = frozenset({HELD, FALSIFIED, NOT_APPLICABLE, NOTHING_ASSERTED})
 #: More cases of one property than anybody waits for.
@@ -83,7 +84,7 @@ class SweepPlan:
             "space": self.bounded["space"],
             "devices": list(self.devices),
             "shard": list(self.shard),
-            "chunk": CHUNK,
+            "chunk": [CHUNK, CASES],
             "versions": versions(),
             "source": self._source(),
         }
@@ -151,7 +152,25 @@ class Sweep:
         """How many units of this shard a property has."""
         factors = self._spaces[lane].factors
         configs = math.prod(_size(n, factor) for n, factor in factors if architectural(n))
-        return len(range(self._first(lane), -(-configs // CHUNK), self.plan.shard[1]))
+        units = -(-configs // _chunk(self._spaces[lane]))
+        return len(range(self._first(lane), units, self.plan.shard[1]))
+
+    @property
+    def plans(self) -> list[str]:
+        """How many combinations each property has, and of which factors that nobody named."""
+        return [
+            f"{lane.partition('@')[0]}: {math.prod(sizes.values()):,} combinations"
+            + (f", as nobody named {', '.join(unnamed)}" if unnamed else "")
+            for lane, space in self._spaces.items()
+            for sizes in [{name: _size(name, factor) for name, factor in space.factors}]
+            for unnamed in [
+                [
+                    f"{name} ({size} values)"
+                    for name, size in sizes.items()
+                    if size > 1 and name not in self.plan.bounded["space"]
+                ]
+            ]
+        ]
 
     def _first(self, lane: str) -> int:
         """The number of a property's first unit of this shard: spread, as many have but one."""
@@ -222,7 +241,7 @@ class Sweep:
         count = self.plan.shard[1]
         for lane, space in self._spaces.items():
             name, _, device = lane.partition("@")
-            groups = batched(architectures(space), CHUNK)
+            groups = batched(architectures(space), _chunk(space))
             first = self._first(lane)
             for number, configs in itertools.islice(enumerate(groups), first, None, count):
                 yield Unit(
@@ -234,6 +253,12 @@ class Sweep:
                     case_timeout=self.plan.case_timeout,
                     tag=f"{lane}#{number}",
                 )
+
+
+def _chunk(space: Space) -> int:
+    """How many configurations make a unit."""
+    inputs = math.prod(_size(n, factor) for n, factor in space.factors if not architectural(n))
+    return max(1, min(CHUNK, CASES // max(1, inputs)))
 
 
 def _lane_of(tag: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rescnn_verify.case import Case, Config
+from rescnn_verify.exits import exits_raise
 from rescnn_verify.handles import BlockHandles, contract_handles
 from rescnn_verify.space import ARCHITECTURES, Choice, Space
 
@@ -164,7 +165,7 @@ class Target:
         A class held to the contract promises every configuration, a block those of one block.
         """
         if self.follows_contract:
-            return self.kind != "block" or case.num_blocks == 1
+            return not case.options and (self.kind != "block" or case.num_blocks == 1)
         factors = {name: f for name, f in self.space.factors if name != "device"}
         return case in Space(factors, where=self.space.where)
 
@@ -357,7 +358,8 @@ def _import_file(path: Path, place: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with exits_raise():
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise TargetError(f"importing {place} failed: {_one_line(error)}") from error
@@ -366,7 +368,8 @@ def _import_file(path: Path, place: str) -> ModuleType:
 
 def _import(name: str, place: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with exits_raise():
+            return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         raise TargetError(f"importing {place} failed: {_one_line(error)}") from error
 

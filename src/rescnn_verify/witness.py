@@ -18,6 +18,7 @@ import torch
 from rescnn_verify import __version__
 from rescnn_verify.case import Case, CaseError
 from rescnn_verify.compare import Falsified, NotApplicable
+from rescnn_verify.exits import exits_raise
 from rescnn_verify.files import write_whole
 from rescnn_verify.statement import find_property
 from rescnn_verify.subject import environment
@@ -110,19 +111,31 @@ class Witness:
         return cls(name=name, trial=trial, alone=bool(data.get("alone", False)), **texts)
 
     def script(self) -> str:
-        """A Python script that says whether the witness is reproduced: exit code 1 if it is."""
+        """A Python script that says whether the witness is reproduced.
+
+        It finds the target from the folder where it lies. Exit codes: 1 reproduced, 0 not, 2 it
+        could not run.
+        """
         lines = self.python().splitlines()
         return "\n".join(
             [
                 repr(f"{self.name} is false of {self.target}: {self.what}"),
                 "",
+                "import os",
+                "import sys",
+                "import traceback",
+                "",
                 "from rescnn_verify.compare import Falsified",
                 lines[0],
                 "",
+                "os.chdir(os.path.dirname(os.path.abspath(__file__)))",
                 "try:",
                 f"    {lines[1]}",
                 "except Falsified as falsified:",
-                "    raise SystemExit(str(falsified))",
+                "    sys.exit(str(falsified))",
+                "except Exception:",
+                "    traceback.print_exc()",
+                "    sys.exit(2)",
                 'print("not reproduced")',
             ]
         )
@@ -157,7 +170,7 @@ def reproduce(name: str, target: str, *cases: Mapping[str, Any]) -> None:
     if any(case.device == "cuda" for case in trial) and not torch.cuda.is_available():
         raise WitnessError(f"{name}: the case needs a CUDA device, and there is none")
     try:
-        with environment():
+        with environment(), exits_raise():
             run_trial(prop, loaded, trial)
     except NotApplicable as reason:
         raise WitnessError(f"{name} does not apply to {target}: {reason}") from reason

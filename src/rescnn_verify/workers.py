@@ -14,6 +14,8 @@ from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from types import TracebackType
 from typing import Protocol
 
+from rescnn_verify.exits import exits_raise
+
 __all__ = ["CONTEXT", "Crew", "Here", "Processes", "end_with_the_parent", "usable_cores", "workers"]
 
 #: Workers are forked from a server that has run nothing yet, so no thread or device context of the
@@ -57,7 +59,8 @@ class Here:
     def submit(self, run: Callable[[str], str], unit: str) -> Future[str]:
         future: Future[str] = Future()
         try:
-            future.set_result(run(unit))
+            with exits_raise():
+                future.set_result(run(unit))
         except Exception as error:
             future.set_exception(error)
         return future
