@@ -13,11 +13,13 @@ import torch
 
 from rescnn_verify.bounds.roundoff import UNIT
 from rescnn_verify.compare import Falsified, equal, holds, same_bits
+from rescnn_verify.handles import put
 from rescnn_verify.needs import CHANNEL_DROPOUT, HANDLES, POST_ACTIVATION
 from rescnn_verify.probes import (
     FROZEN,
     PARTS,
     as_input,
+    exact_norm,
     freeze_norms,
     normal_input,
     part_of,
@@ -42,16 +44,22 @@ def survivors_are_scaled(subject, case):
     """Every fusion returns 0 or s/(1 − p) for a shift s, constant along a channel.
 
     Shown by a shift of 1 in one block and 0 in the others. At p = 0 all of it survives, at p = 1
-    none. It is so whether or not norms are in eval mode and parameters are held constant.
+    none. It is so whether or not parameters are held constant and other norms are in eval mode.
+    Behind a norm in eval mode, which here returns 1 besides, dropout may be in eval mode, too.
     """
     index = case.seed % case.num_blocks
     model = subject.model(case)
     blocks = subject.handles(model, case)
-    freeze_norms(blocks, case["frozen"], case.rng("frozen"))
+    frozen = freeze_norms(blocks, case["frozen"], case.rng("frozen"))[index][-1]
     for parameter in part_of(model, blocks, case["constant"], case.rng("constant")):
         parameter.requires_grad_(False)
     for i, block in enumerate(blocks):
         set_norm(block.fusion.norm, scale=0.0, shift=1.0 if i == index else 0.0)
+    if frozen:
+        put(blocks[index].fusion.conv, "weight", np.zeros(()))
+        put(blocks[index].fusion.conv, "bias", np.zeros(()))
+        exact_norm(blocks[index].fusion.norm, case.dtype, shift=1.0, mean=-1.0)
+    height = 2.0 if frozen else 1.0
     x = as_input(case, np.zeros(case.shape))
     with torch.no_grad():
         seed_torch(case.seed)
@@ -60,15 +68,17 @@ def survivors_are_scaled(subject, case):
     yield holds(constant, "dropout along a channel", "one value per channel", "several values")
     values = sorted(set(out.flatten().tolist()))
     p = case.dropout
-    if p in (0.0, 1.0):
-        yield equal(values, [1.0 - p], f"values that survive dropout {p}")
+    if frozen and values == [height]:
         return
-    scale = 1 / (1 - p)
+    if p in (0.0, 1.0):
+        yield equal(values, [height * (1 - p)], f"values that survive dropout {p}")
+        return
+    scale = height / (1 - p)
     unit = UNIT[case.dtype]
     # Roundings: of p, of 1 − p, of its inverse (or of a mask divided by it) and of the product.
     slack = 4 * unit * scale * (1 + p / (1 - p))
     off = [v for v in values if v != 0 and abs(v - scale) > slack]
-    yield equal(off, [], f"values other than 0 and 1/(1 - {p})")
+    yield equal(off, [], f"values other than 0 and {height}/(1 - {p})")
 
 
 @statement(

@@ -51,15 +51,21 @@ def live(
 def _other_shape(subject: Subject, case: Case, rng: np.random.Generator) -> Case:
     """The case on an input of another shape, where the target promises one."""
     other = replace(case, batch=int(rng.integers(2, 5)), length=int(rng.integers(1, 40)))
-    return other if other in subject.target.space else case
+    return other if subject.target.promises(other) else case
+
+
+def _can(subject: Subject, case: Case) -> bool:
+    """Whether the target promises a case, which must have a variance to train on."""
+    trains = case.mode == "eval" or case.batch * case.length > 1
+    return trains and subject.target.promises(case)
 
 
 def _called(mode: str, context: str) -> Event:
     def event(
         subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
     ) -> nn.Module:
-        other = _other_shape(subject, case, rng)
-        if mode == "eval" or other.batch * other.length > 1:
+        other = replace(_other_shape(subject, case, rng), mode=mode)
+        if _can(subject, other):
             subject.set_mode(model, mode)
             with CONTEXTS[context]():
                 subject(model, normal_input(other, "another input"))
@@ -72,8 +78,8 @@ def _differentiated(mode: str, *, step: bool) -> Event:
     def event(
         subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
     ) -> nn.Module:
-        other = _other_shape(subject, case, rng)
-        if mode == "train" and other.batch * other.length == 1:
+        other = replace(_other_shape(subject, case, rng), mode=mode)
+        if not _can(subject, other):
             return model
         subject.set_mode(model, mode)
         subject.vjp(model, normal_input(other, "another input"), torch.ones(()))
@@ -98,8 +104,10 @@ def _refused(subject: Subject, model: nn.Module, case: Case, rng: np.random.Gene
 def _elsewhere(
     subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
 ) -> nn.Module:
-    # To a dtype and back that rounds nothing, also of a constant that is no part of the state.
-    other = replace(case, dtype="float32" if case.dtype != "float32" else "float64")
+    # To a wider dtype and back nothing is rounded, neither the state nor a constant beside it.
+    other = replace(case, dtype="float64" if case.dtype == "float32" else "float32")
+    if case.dtype == "float64" or not subject.target.promises(other):
+        return model
     attempt(f"moving the model to {other.dtype}", lambda: model.to(DTYPES[other.dtype]))
     with torch.no_grad():
         subject(model, normal_input(other))
@@ -120,6 +128,8 @@ def _frozen(subject: Subject, model: nn.Module, case: Case, rng: np.random.Gener
 def _norms_frozen(
     subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
 ) -> nn.Module:
+    if not subject.target.promises(replace(case, mode="train")):
+        return model
     subject.set_mode(model, "train")
     for module in model.modules():
         if isinstance(module, _NormBase):

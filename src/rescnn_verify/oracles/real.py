@@ -20,6 +20,10 @@ from rescnn_verify.oracles.layers import (
     transposed,
 )
 
+#: Parameters' gradients may be rounded once for so many positions of each sample, as an
+#: implementation that works in chunks adds them up.
+SHORTEST = 64
+
 __all__ = ["Bounded", "RealPass", "TrainStatistics", "real_pass", "running_statistics"]
 
 
@@ -151,7 +155,8 @@ def real_pass(
         train: normalise with the batch's own statistics (no dropout), but for frozen norms.
         form: the format that the bounds are for. What is stored on the way may be rounded as often
             as a kernel has taps or a fusion has branches, and a few times more; a parameter's
-            gradient once for each sample, as torch's own kernels add it up.
+            gradient once for each `SHORTEST` positions of a sample: torch's own kernels add it up
+            sample by sample, and what works in chunks adds up those.
     """
     if form is FLOAT64 and np.finfo(form.exact).nmant <= np.finfo(np.float64).nmant:
         raise NotApplicable("long double is no wider than float64 on this machine")
@@ -318,13 +323,14 @@ def _real_back(
     """
     batch, _, length = g.value.shape
     m, axes = batch * length, (0, 2)
+    parts = batch * -(-length // SHORTEST)
     n, size = step.normalised, step.size + step.normalised.error
     along = (g.value * n.value).sum(axis=axes)
     along_size = (g.most * size).sum(axis=axes)
     along_error = (np.abs(g.value) * n.error + g.error * n.most).sum(axis=axes)
-    along_error = along_error + form.gamma(m + layer.weight[0].size + 10, batch + 10) * along_size
+    along_error = along_error + form.gamma(m + layer.weight[0].size + 10, parts + 10) * along_size
     total = g.value.sum(axis=axes)
-    total_error = g.error.sum(axis=axes) + form.gamma(m, batch + 2) * g.most.sum(axis=axes)
+    total_error = g.error.sum(axis=axes) + form.gamma(m, parts + 2) * g.most.sum(axis=axes)
     core, core_error, core_size = g.value, g.error, g.most
     if train and not layer.frozen:
         core = core - column(total / m) - n.value * column(along / m)
@@ -348,8 +354,8 @@ def _real_back(
     rows, row_errors, row_sizes = rows_of(dz.value), rows_of(dz.error), rows_of(dz.most)
     columns = step.columns
     own = row_errors @ columns.most + np.abs(rows) @ columns.error
-    own = own + form.gamma(m + 10, batch + 10) * (row_sizes @ columns.most)
-    row_error = row_errors.sum(axis=1) + form.gamma(m, batch + 2) * row_sizes.sum(axis=1)
+    own = own + form.gamma(m + 10, parts + 10) * (row_sizes @ columns.most)
+    row_error = row_errors.sum(axis=1) + form.gamma(m, parts + 2) * row_sizes.sum(axis=1)
     weights = Bounded(
         (rows @ columns.value).reshape(layer.weight.shape), own.reshape(layer.weight.shape)
     )
