@@ -2,15 +2,17 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from rescnn import ResCNNBlock, ResCNNStack
 from rescnn_verify.case import Config
-from rescnn_verify.compare import Falsified
+from rescnn_verify.compare import Falsified, NotApplicable
 from rescnn_verify.drawing import NoCase, RandomDraw, draw_config
-from rescnn_verify.handles import contract_handles
+from rescnn_verify.handles import contract_handles, put
 from rescnn_verify.oracles.layers import read_network, write_network
 from rescnn_verify.space import ARCHITECTURES, Integers
 
@@ -407,3 +409,95 @@ def test_a_convolution_that_does_not_see_all_channels_is_falsified(place):
     with pytest.raises(Falsified) as falsified:
         contract_handles(model, Config(channels=6, num_blocks=1, kernel_sizes=(3, 5)))
     assert falsified.value.expected == "one that sees 6 channels"
+
+
+# --- roles told by what layers do ----------------------------------------------------------------
+
+
+class Chained(nn.Module):
+    """Unnamed blocks, each within the one before, their branches registered back to front."""
+
+    def __init__(self, channels, num_blocks, kernel_sizes):
+        super().__init__()
+        self.count = len(kernel_sizes)
+        each = channels // self.count
+        widths = [each] * (self.count - 1) + [channels - each * (self.count - 1)]
+        self.next = Chained(channels, num_blocks - 1, kernel_sizes) if num_blocks > 1 else None
+        self.mix, self.norm = nn.Conv1d(channels, channels, 1), nn.BatchNorm1d(channels)
+        self.scales = nn.ModuleDict()
+        for i in reversed(range(self.count)):
+            conv = nn.Conv1d(channels, widths[i], kernel_sizes[i], padding=kernel_sizes[i] // 2)
+            self.scales[f"s{i}"] = nn.Sequential(conv, nn.BatchNorm1d(widths[i]), nn.ReLU())
+
+    def forward(self, x):
+        parts = [self.scales[f"s{i}"](x) for i in range(self.count)]
+        x = torch.relu(x + self.norm(self.mix(torch.cat(parts, 1))))
+        return x if self.next is None else self.next(x)
+
+
+@pytest.mark.parametrize("kernels", [(3,), (5, 3), (3, 3, 3), (1, 7, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_names_layers_are_ordered_by_what_they_do(kernels, dtype):
+    model = Chained(9, 3, kernels).to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    blocks = contract_handles(model, Config(9, 3, kernels))
+    module = model
+    for block in blocks:
+        convs = [module.scales[f"s{i}"][0] for i in range(len(kernels))]
+        assert [layer.conv for layer in block.branches] == convs
+        assert (block.fusion.conv, block.fusion.norm) == (module.mix, module.norm)
+        module = module.next
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_without_names_and_data_another_order_is_not_guessed():
+    config = Config(9, 2, (5, 3))
+    with pytest.raises(NotApplicable, match="without data"):
+        contract_handles(Chained(9, 2, (5, 3)).to("meta"), config)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+class Negated(nn.Module):
+    def forward(self, kept):
+        return -kept
+
+    def right_inverse(self, weight):
+        return -weight
+
+
+class Positive(nn.Module):
+    def forward(self, kept):
+        return kept.abs()
+
+    def right_inverse(self, weight):
+        return weight
+
+
+class OneWay(nn.Module):
+    def forward(self, kept):
+        return kept * 3
+
+
+@pytest.mark.parametrize("parametrization", [None, Negated()], ids=str)
+def test_what_is_put_into_a_layer_is_what_it_reads(parametrization):
+    conv = nn.Conv1d(2, 3, 5)
+    if parametrization:
+        register_parametrization(conv, "weight", parametrization)
+    values = np.random.default_rng(0).integers(-3, 4, (3, 2, 5)).astype(float)
+    put(conv, "weight", values)
+    assert np.array_equal(conv.weight.detach().numpy(), values)
+
+
+@pytest.mark.parametrize("parametrization", [Positive(), OneWay()], ids=str)
+def test_what_cannot_be_put_is_not_applicable(parametrization):
+    conv = register_parametrization(nn.Conv1d(2, 3, 5), "weight", parametrization)
+    with pytest.raises(NotApplicable, match="weight cannot be set"):
+        put(conv, "weight", np.full((3, 2, 5), -1.0))
+
+
+def test_putting_into_what_a_layer_has_not_does_nothing():
+    conv = nn.Conv1d(2, 3, 5, bias=False)
+    put(conv, "bias", np.ones(3))
+    assert conv.bias is None

@@ -158,7 +158,7 @@ def attempt(what: str, action: Callable[[], Any]) -> Any:
     """
     try:
         return action()
-    except (Falsified, torch.OutOfMemoryError):
+    except (Falsified, NotApplicable, torch.OutOfMemoryError):
         raise  # a device that is too small says nothing about the target
     except (Exception, SystemExit) as error:
         raise Falsified(what, "no exception", describe(error)) from error

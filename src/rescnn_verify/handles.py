@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,9 +84,10 @@ def contract_handles(model: nn.Module, config: Config) -> tuple[BlockHandles, ..
     """The handles of a model that follows the reference contract, block by block.
 
     The contract's names (``blocks``, ``branches``, ``fusion``) are used where the model has them;
-    otherwise the blocks are the children that hold the convolutions, and within a block the fusion
-    is the last 1×1 convolution from all channels to all channels; if there is only one branch and
-    it is 1×1, too, they are told apart by what they do.
+    otherwise the blocks are the children that hold the convolutions, or as many parts of the list
+    of all, and within a block the fusion is the last 1×1 convolution from all channels to all
+    channels; if there is only one branch and it is 1×1, too, they are told apart by what they do.
+    Without the names, what the layers do also tells their order.
 
     Raises:
         Falsified: the model does not consist of ``num_blocks`` blocks with one convolution and one
@@ -92,17 +95,118 @@ def contract_handles(model: nn.Module, config: Config) -> tuple[BlockHandles, ..
     """
     blocks = _block_modules(model, config.num_blocks)
     if len(blocks) != config.num_blocks:
+        blocks = _parts(model, config) or blocks
+    if len(blocks) != config.num_blocks:
         raise Falsified(
             "residual blocks in the model", f"num_blocks = {config.num_blocks}", str(len(blocks))
         )
     handles = tuple(_block_handles(block, config) for block in blocks)
-    if not isinstance(getattr(model, "blocks", None), nn.Module):
+    named = isinstance(getattr(model, "blocks", None), nn.Module)
+    if not named:
         # What holds the convolutions need not add the residual; only the whole model surely does.
         whole = model if config.num_blocks == 1 else None
         handles = tuple(replace(block, module=whole) for block in handles)
     if tuple(config.kernel_sizes) == (1,) and not hasattr(blocks[0], "fusion"):
-        return tuple(_told_apart(model, handles, place) for place in range(len(handles)))
-    return handles
+        handles = tuple(_told_apart(model, handles, place) for place in range(len(handles)))
+    as_given = all(_shapes(block) == (config.widths, config.kernel_sizes) for block in handles)
+    if as_given and (
+        any(p.is_meta for p in model.parameters())  # where nothing but shapes is seen
+        or (
+            (named or config.num_blocks == 1)
+            and all(isinstance(getattr(block, "branches", None), nn.Module) for block in blocks)
+        )
+    ):
+        return handles
+    return _ordered(model, handles)
+
+
+def _shapes(block: BlockHandles) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Widths and kernels of the branches."""
+    shapes = [branch.conv.weight.shape for branch in block.branches]
+    return tuple(s[0] for s in shapes), tuple(s[2] for s in shapes)
+
+
+def _parts(model: nn.Module, config: Config) -> Sequence[nn.Module]:
+    """Blocks that no module holds apart from others: equal parts of the list of all layers."""
+    convs, norms = _convolutions(model), _norms(model)
+    size = config.branches + 1
+    if not len(convs) == len(norms) == size * config.num_blocks:
+        return ()
+    return [
+        nn.ModuleList([*convs[at : at + size], *norms[at : at + size]])
+        for at in range(0, len(convs), size)
+    ]
+
+
+def _ordered(model: nn.Module, handles: tuple[BlockHandles, ...]) -> tuple[BlockHandles, ...]:
+    """Blocks in the order in which data pass them, branches in that of the concatenation.
+
+    On a copy in float64 in which every norm returns 0, so that every block passes on what it is
+    given. A branch whose norm returns 1 adds the sum of the fusion's weights for its channels;
+    these being 0, 1, 2, …, that tells its place. A block that adds its input once more adds 1 for
+    each block before it, where every other block adds 1.
+
+    Raises:
+        NotApplicable: the model has no data, as on the meta device, or it cannot be copied.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        raise NotApplicable("without data nobody can tell the order of layers without names")
+    try:
+        twin = copy.deepcopy(model).double().eval()
+    except Exception as error:
+        raise NotApplicable(f"the model cannot be copied: {describe(error)}") from error
+    own: dict[nn.Module, Any] = dict(zip(twin.modules(), model.modules(), strict=True))
+    there: dict[nn.Module, Any] = {module: double for double, module in own.items()}
+    blocks = [[ConvNorm(there[p.conv], there[p.norm]) for p in b.layers] for b in handles]
+    everything = [layer for block in blocks for layer in block]
+    x = torch.zeros_like(blocks[0][-1].conv.weight[:1, :, :1]).detach()
+
+    def reset() -> None:
+        for layer in everything:
+            for name in ("weight", "bias"):
+                put(layer.conv, name, np.zeros(()))
+                put(layer.norm, name, np.zeros(()))
+            put(layer.norm, "running_mean", np.zeros(()))
+            put(layer.norm, "running_var", np.ones(()))
+
+    def first_output() -> float:
+        with torch.no_grad():
+            return float(twin(x)[0, 0, 0])
+
+    try:
+        for block in blocks:
+            *branches, fusion = block
+            reset()
+            count = fusion.conv.weight.shape[1]
+            put(fusion.conv, "weight", np.arange(count, dtype=np.float64)[None, :, None])
+            put(fusion.norm, "weight", np.ones(()))
+            places = {}
+            for branch in branches:
+                put(branch.norm, "bias", np.ones(()))
+                places[branch.conv] = first_output() / branch.conv.out_channels
+                put(branch.norm, "bias", np.zeros(()))
+            block[:-1] = sorted(branches, key=lambda branch: places[branch.conv])
+        before = []
+        for block in blocks:
+            reset()
+            for other in blocks:
+                put(other[-1].norm, "bias", np.full((), float(other is not block)))
+            first, fusion = block[0], block[-1]
+            tap = np.zeros(tuple(first.conv.weight.shape))
+            tap[0, 0, tap.shape[2] // 2] = 1
+            handed = np.zeros(tuple(fusion.conv.weight.shape))
+            handed[0, 0, 0] = 1
+            for layer, weight in ((first, tap), (fusion, handed)):
+                put(layer.conv, "weight", weight)
+                put(layer.norm, "weight", np.ones(()))
+            before.append(first_output())
+    except Exception:
+        return handles  # a model that does not run is for other properties to falsify
+    found = []
+    for _, block, handle in sorted(zip(before, blocks, handles, strict=True), key=lambda t: t[0]):
+        layers = [ConvNorm(own[p.conv], own[p.norm]) for p in block]
+        found.append(BlockHandles(handle.module, tuple(layers[:-1]), layers[-1]))
+    return tuple(found)
 
 
 def _told_apart(model: nn.Module, handles: tuple[BlockHandles, ...], place: int) -> BlockHandles:

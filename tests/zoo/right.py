@@ -592,17 +592,19 @@ WORKSPACE = {}
 
 
 class Mirrored(nn.Module):
-    """A weight kept back to front and twice as large."""
+    """A weight kept back to front and negated."""
 
     def forward(self, kept):
-        return kept.flip(-1) / 2
+        return -kept.flip(-1)
 
     def right_inverse(self, weight):
-        return weight.flip(-1) * 2
+        return -weight.flip(-1)
 
 
 @right("the convolutions' weights are parametrized")
 class Parametrized(Stack):
+    pickles = False  # torch refuses
+
     class Block(Block):
         def make_conv(self, width, kernel):
             conv = super().make_conv(width, kernel)

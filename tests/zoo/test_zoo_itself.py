@@ -61,7 +61,7 @@ def copy_layers(source, target, kernels):
             strict=True,
         )
         for one, other in pairs:
-            state = one.state_dict()
+            state = {name: getattr(one, name) for name in other.state_dict()}
             if kind is nn.Conv1d and one.bias is None:
                 state["bias"] = torch.zeros(one.out_channels, dtype=one.weight.dtype)
             other.load_state_dict(state)
@@ -214,7 +214,8 @@ def test_right_ones_without_fusion_are_relu(entry):
 def test_right_ones_can_be_copied_stored_and_moved(entry):
     model, x = make(entry.cls).eval(), torch.randn(2, 7, 9)
     expected = model(x)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    pickled = [pickle.loads(pickle.dumps(model))] if getattr(entry.cls, "pickles", True) else []
+    for twin in (copy.deepcopy(model), *pickled):
         assert torch.equal(twin(x), expected)
         assert not {p.data_ptr() for p in twin.parameters()} & {
             p.data_ptr() for p in model.parameters()
