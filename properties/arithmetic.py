@@ -225,7 +225,7 @@ def _learns_as_the_reference(subject, case, model, network, x, *, finite=False):
     batch but for round-off.
     """
     blocks = subject.handles(model, case)
-    counted = int(blocks[0].fusion.norm.num_batches_tracked)
+    counted = [[int(layer.norm.num_batches_tracked) for layer in b.layers] for b in blocks]
     with CONTEXTS[case["context"]]():
         out = subject(model, x)
     form = FORMATS[case.dtype]
@@ -269,7 +269,7 @@ def _learned(counted, blocks, network, expected, dtype):
         for j, (handle, old, new) in enumerate(zip(block.layers, layers, batch, strict=True)):
             where = f"of norm {j} of block {i}"
             after = int(handle.norm.num_batches_tracked)
-            yield equal(after, counted + (new is not None), f"num_batches_tracked {where}")
+            yield equal(after, counted[i][j] + (new is not None), f"num_batches_tracked {where}")
             if new is None:
                 yield same_bits(handle.norm.running_mean, old.mean, f"frozen mean {where}")
                 yield same_bits(handle.norm.running_var, old.variance, f"frozen variance {where}")

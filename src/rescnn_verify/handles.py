@@ -300,7 +300,7 @@ def _block_handles(block: nn.Module, config: Config) -> BlockHandles:
 
 def _check_norm(norm: _BatchNorm) -> None:
     """That a norm has what the contract's state_dict names."""
-    for name in ("weight", "bias", "running_mean", "running_var"):
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
         if getattr(norm, name) is None:
             raise Falsified("a BatchNorm of a block", f"one with {name}", str(norm))
 

@@ -19,20 +19,27 @@ from rescnn_verify.handles import BlockHandles, ConvNorm, fill, put
 from rescnn_verify.subject import DTYPES
 
 __all__ = [
+    "BIG_VARIANCE",
+    "FROZEN",
+    "PARTS",
     "LeftBehind",
     "as_input",
     "called_within",
     "exact_norm",
+    "freeze_norms",
     "impulse_rows",
     "make_end_taps",
     "make_positive",
     "normal_input",
+    "only_branch",
     "own_calls",
+    "part_of",
     "positions",
     "randomise",
     "reach",
     "set_norm",
     "shrink_fusion",
+    "with_small_variances",
     "zero_fusion",
 ]
 
