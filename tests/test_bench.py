@@ -25,7 +25,7 @@ from rescnn_verify.bench.jobs import MOST_JOBS, jobs, prepared
 from rescnn_verify.bench.measure import BATCH, Measurement, measure
 from rescnn_verify.bench.pairs import AMBIGUOUS, FASTER, SAME, SLOWER, interleaved, judged
 from rescnn_verify.space import Choice, Integers, Space, SpaceError
-from rescnn_verify.target import contract_target
+from rescnn_verify.target import Target, contract_target
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -405,6 +405,13 @@ def test_only_forward_passes_on_cuda_are_replayed_from_a_graph():
 def test_a_space_with_too_many_cases_is_refused():
     with pytest.raises(SpaceError, match=f"more than {MOST_JOBS} benchmarks"):
         jobs(STACK, Space(length=Integers(1, 200)), ["cpu"])
+
+
+def test_an_option_without_a_value_is_named():
+    space = Space({"option.growth": Choice(1, 2)}, channels=Integers(1, 512))
+    own = Target(lambda config: ResCNNStack(config.channels), space=space)
+    with pytest.raises(SpaceError, match=r"option growth has no value; name one under \[option\]"):
+        jobs(own, None, ["cpu"])
 
 
 def test_nothing_to_time_is_a_mistake():

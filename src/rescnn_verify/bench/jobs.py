@@ -117,6 +117,12 @@ def jobs(
                     raise SpaceError(
                         f"there are more than {MOST_JOBS} benchmarks; name fewer values"
                     )
+    options = [name for name, _ in target.space.factors if name.startswith("option.")]
+    if not found and (unnamed := [n for n in options if (space or Space()).get(n) is None]):
+        raise SpaceError(
+            f"the target's own option {unnamed[0].removeprefix('option.')} has no value; name one "
+            "under [option] in a space file"
+        )
     if not found:
         raise SpaceError(
             "there is nothing to time: the target promises none of these cases, or a graph was "
