@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rescnn_verify.compare import same_bits
+from rescnn_verify.compare import same_values
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify
 from rescnn_verify.oracles.layers import Block, write_network
@@ -49,17 +49,17 @@ def integer_networks_keep_symmetries(subject, case):
     what = f"output under {relation}"
     if relation == "batch split":
         at = int(rng.integers(1, case.batch))
-        yield same_bits(torch.cat([run(found.x[:at]), run(found.x[at:])]), out, what)
+        yield same_values(torch.cat([run(found.x[:at]), run(found.x[at:])]), out, what)
     elif relation == "batch permutation":
         order = rng.permutation(case.batch)
-        yield same_bits(run(found.x[order]), out[torch.from_numpy(order)], what)
+        yield same_values(run(found.x[order]), out[torch.from_numpy(order)], what)
     elif relation == "channel permutation":
         order = rng.permutation(case.channels)
         write_network(tuple(_permuted(block, order) for block in found.network), blocks)
-        yield same_bits(run(found.x[:, order]), out[:, torch.from_numpy(order)], what)
+        yield same_values(run(found.x[:, order]), out[:, torch.from_numpy(order)], what)
     elif relation == "time reversal":
         write_network(tuple(_reversed(block) for block in found.network), blocks)
-        yield same_bits(run(found.x[:, :, ::-1]), out.flip(2), what)
+        yield same_values(run(found.x[:, :, ::-1]), out.flip(2), what)
     elif relation in ("translation", "cropping"):
         side = case.field // 2
         by = int(rng.integers(1, case.length))
@@ -69,14 +69,14 @@ def integer_networks_keep_symmetries(subject, case):
             return  # nothing is away from the ends
         if relation == "cropping":
             inner = slice(0, max(0, case.length - by - side))
-            yield same_bits(run(rest)[:, :, inner], out[:, :, inner], what)
+            yield same_values(run(rest)[:, :, inner], out[:, :, inner], what)
         else:
             inner = slice(side, max(side, case.length - by - side))
             moved = run(np.concatenate([zeros, rest], axis=2))[:, :, by:]
-            yield same_bits(moved[:, :, inner], out[:, :, inner], what)
+            yield same_values(moved[:, :, inner], out[:, :, inner], what)
     else:
         layouts = ("transposed", "strided")
-        yield same_bits(run(found.x, layouts[int(rng.integers(2))]), out, what)
+        yield same_values(run(found.x, layouts[int(rng.integers(2))]), out, what)
 
 
 def _permuted(block, order):

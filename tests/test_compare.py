@@ -17,6 +17,7 @@ from rescnn_verify.compare import (
     refuses,
     same_bits,
     same_tensors,
+    same_values,
     within,
 )
 from rescnn_verify.oracles.real import Bounded
@@ -315,3 +316,31 @@ def test_refuses_fails_for_another_kind_of_error():
 def test_a_tensor_without_values_equals_nothing():
     with pytest.raises(Falsified, match="on the device meta"):
         same_bits(torch.empty(2, device="meta"), torch.zeros(2), "values")
+
+
+# --- values of integer networks ------------------------------------------------------------------
+
+
+def test_in_float16_what_is_next_to_nothing_counts_as_zero():
+    got = torch.tensor([1.0, 2.0**-15, -(2.0**-20)], dtype=torch.float16)
+    same_values(got, np.array([1.0, 0.0, 0.0]), "x")
+    same_values(got, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float16), "x")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off"),
+    [
+        (torch.float16, 2.0**-14),
+        (torch.bfloat16, 2.0**-30),
+        (torch.float32, 2.0**-100),
+        (torch.float64, 2.0**-200),
+    ],
+)
+def test_anything_else_is_compared_to_the_bit(dtype, off):
+    with pytest.raises(Falsified):
+        same_values(torch.tensor([1.0, off], dtype=dtype), np.array([1.0, 0.0]), "x")
+
+
+def test_nan_is_not_next_to_nothing():
+    with pytest.raises(Falsified):
+        same_values(torch.tensor([float("nan")], dtype=torch.float16), np.zeros(1), "x")

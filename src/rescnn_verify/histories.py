@@ -44,7 +44,8 @@ def live(
         with CONTEXTS[context]():
             subject(model, normal_input(case))
         model = EVENTS[event](subject, model, case, rng)
-        subject.set_mode(model, "eval")
+        if any(module.training for module in model.modules()):
+            subject.set_mode(model, "eval")  # else not, as it is a chance to forget something
     return model
 
 
@@ -156,6 +157,25 @@ def _edited_unseen(
     return model
 
 
+def _one_parameter_edited(
+    subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+) -> nn.Module:
+    if parameters := list(model.parameters()):
+        with torch.no_grad():
+            parameters[rng.integers(len(parameters))].mul_(1.5)
+    return model
+
+
+def _statistics_edited(
+    subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+) -> nn.Module:
+    with torch.no_grad():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.mul_(1.5)
+    return model
+
+
 def _loaded(*, assign: bool) -> Event:
     def event(
         subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
@@ -188,6 +208,8 @@ EVENTS: dict[str, Event] = {
     "a training call with frozen norms": _norms_frozen,
     "an edit": _edited,
     "an edit through .data": _edited_unseen,
+    "an edit of one parameter": _one_parameter_edited,
+    "an edit of the statistics": _statistics_edited,
     "load_state_dict": _loaded(assign=False),
     "load_state_dict with assign": _loaded(assign=True),
     "a deep copy": _copied,

@@ -236,7 +236,8 @@ def own_calls(
     """Input and output of every call of dense zero-padded convolutions and norms of torch's own.
 
     Both are copies: an activation behind may work in place. A subclass with a forward pass of its
-    own is left out, and so is a call in train mode or on anything but (batch, channels, length).
+    own is left out, one with hooks of its own, and so is a call in train mode or on anything but
+    (batch, channels, length).
     """
     calls: Calls = {}
 
@@ -311,6 +312,8 @@ class LeftBehind(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_plain(module: nn.Module) -> bool:
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
     if isinstance(module, nn.Conv1d):
         own = (type(module).forward, type(module)._conv_forward)
         same = own == (nn.Conv1d.forward, nn.Conv1d._conv_forward)

@@ -361,3 +361,27 @@ class SkipsZeroFusions(Stack):
             if norm.weight.is_meta or norm.weight.any() or norm.bias.any():
                 return super().forward(x)
             return self.activate(x + 0 * sum(p.sum() for p in self.parameters()))
+
+
+@wrong(
+    "modes", "norms that are folded once are folded again only after train() or an edited weight"
+)
+class FoldsForgetStatistics(Stack):
+    class Block(Block):
+        def build(self):
+            super().build()
+            self.folds = {}
+
+        def train(self, mode=True):
+            self.folds = {}
+            return super().train(mode)
+
+        def normalise(self, norm, x):
+            if norm.training or torch.is_grad_enabled():
+                return norm(x)
+            key = norm, x.dtype, norm.weight._version, norm.bias._version
+            if key not in self.folds:
+                scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+                self.folds[key] = scale, norm.bias - norm.running_mean * scale
+            scale, shift = self.folds[key]
+            return x * scale[:, None] + shift[:, None]
