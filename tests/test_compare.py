@@ -341,6 +341,12 @@ def test_anything_else_is_compared_to_the_bit(dtype, off):
         same_values(torch.tensor([1.0, off], dtype=dtype), np.array([1.0, 0.0]), "x")
 
 
+def test_only_what_is_zero_exactly_may_be_next_to_nothing():
+    got = torch.tensor([0.0, 2.0**-16], dtype=torch.float16)
+    with pytest.raises(Falsified):
+        same_values(got, np.array([2.0**-16, 2.0**-16]), "x")
+
+
 def test_nan_is_not_next_to_nothing():
     with pytest.raises(Falsified):
         same_values(torch.tensor([float("nan")], dtype=torch.float16), np.zeros(1), "x")

@@ -158,19 +158,16 @@ class Sweep:
     @property
     def plans(self) -> list[str]:
         """How many combinations each property has, and of which factors that nobody named."""
-        return [
-            f"{lane.partition('@')[0]}: {math.prod(sizes.values()):,} combinations"
-            + (f", as nobody named {', '.join(unnamed)}" if unnamed else "")
-            for lane, space in self._spaces.items()
-            for sizes in [{name: _size(name, factor) for name, factor in space.factors}]
-            for unnamed in [
-                [
-                    f"{name} ({size} values)"
-                    for name, size in sizes.items()
-                    if size > 1 and name not in self.plan.bounded["space"]
-                ]
-            ]
+        return [self._plan(lane) for lane in self._spaces]
+
+    def _plan(self, lane: str) -> str:
+        sizes = {name: _size(name, factor) for name, factor in self._spaces[lane].factors}
+        named = self.plan.bounded["space"]
+        unnamed = [
+            f"{n} ({size} values)" for n, size in sizes.items() if size > 1 and n not in named
         ]
+        said = f"{lane.partition('@')[0]}: {math.prod(sizes.values()):,} combinations"
+        return f"{said}, as nobody named {', '.join(unnamed)}" if unnamed else said
 
     def _first(self, lane: str) -> int:
         """The number of a property's first unit of this shard: spread, as many have but one."""
