@@ -9,7 +9,8 @@ import torch
 from rescnn_verify.bounds.roundoff import FORMATS
 from rescnn_verify.compare import equal, same_bits, same_tensors, same_values, within
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
-from rescnn_verify.networks import certify, make_real, values_of
+from rescnn_verify.networks import certify, certify_prefixes, make_real, values_of
+from rescnn_verify.oracles.integer import exact_pass
 from rescnn_verify.oracles.layers import Block, gradients_beside, read_network
 from rescnn_verify.oracles.real import real_pass, running_statistics
 from rescnn_verify.probes import (
@@ -78,6 +79,33 @@ def long_integer_signals_are_exact(subject, case):
 def large_integer_batches_are_exact(subject, case):
     """The same for batches of more than 8 samples."""
     yield from _same_as_numpy(subject, case)
+
+
+@statement(
+    space=EVAL.narrow(length=Integers(1, 40), batch=Integers(1, 9)),
+    needs=(*REFERENCE, DIRECT),
+    work=2**14,
+    effort=0.6,
+    inputs=1,
+)
+def integer_networks_are_exact_at_every_length(subject, case):
+    """The same for one network at every length up to the case's, in a random order.
+
+    Nothing is restored in between. oneDNN, which builds kernels for each shape, is on for the last
+    one.
+    """
+    model = subject.model(case)
+    found = certify_prefixes(subject.handles(model, case), case)
+    if found is None:
+        return
+    network, x = found
+    lengths = case.rng("order").permutation(np.arange(1, case.length + 1))
+    for i, length in enumerate(lengths.tolist(), 1):
+        part = replace(case, length=length)
+        with onednn(i == len(lengths)), torch.no_grad():
+            out = subject(model, as_input(part, x[:, :, :length]))
+        expected = exact_pass(network, x[:, :, :length], None).out
+        yield same_values(out, expected, f"output of an integer network at length {length}")
 
 
 def _same_as_numpy(subject, case):

@@ -17,7 +17,7 @@ from rescnn_verify.bounds.roundoff import FLOAT64, FORMATS, SIGNIFICAND_BITS, Fo
 from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import NotApplicable, within
 from rescnn_verify.handles import BlockHandles, ConvNorm, contract_handles
-from rescnn_verify.networks import certify, make_real, values_of
+from rescnn_verify.networks import certify, certify_prefixes, make_real, values_of
 from rescnn_verify.oracles import real as reals
 from rescnn_verify.oracles.integer import exact_pass
 from rescnn_verify.oracles.layers import Block, Layer, UnsupportedLayerError, read_network
@@ -120,6 +120,31 @@ def test_a_certified_network_is_exact_in_its_dtype(dtype):
                 out = model(as_input(case, found.x)).double().numpy()
             assert np.array_equal(out, found.expected.out)
     assert certified >= 5
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "expanded"])
+@pytest.mark.parametrize("dtype", SIGNIFICAND_BITS)
+def test_a_network_certified_for_every_prefix_is_exact_at_every_length(dtype, layout):
+    certified = large = 0
+    for seed in range(20):
+        case = Case(
+            channels=3, num_blocks=1 + seed % 2, kernel_sizes=(5, 1), batch=1 + seed % 3, length=7,
+            dtype=dtype, layout=layout, seed=seed,
+        )  # fmt: skip
+        model, blocks = stack(case)
+        if not (found := certify_prefixes(blocks, case)):
+            continue
+        network, x = found
+        certified += 1
+        large += np.abs(x).max() > 1
+        for length in range(1, 8):
+            part = exact_pass(network, x[:, :, :length], None)
+            assert part.forward_bits <= SIGNIFICAND_BITS[dtype]
+            given = as_input(replace(case, length=length), x[:, :, :length])
+            with torch.no_grad():
+                assert np.array_equal(model(given).double().numpy(), part.out)
+    assert certified >= 5
+    assert large >= 1
 
 
 def test_the_network_is_the_one_in_the_model():

@@ -21,7 +21,7 @@ from rescnn_verify.oracles.layers import (
 )
 from rescnn_verify.probes import BIG_VARIANCE, as_input, set_norm
 
-__all__ = ["Certified", "certify", "make_balanced", "make_real", "values_of"]
+__all__ = ["Certified", "certify", "certify_prefixes", "make_balanced", "make_real", "values_of"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,55 @@ def certify(
         write_network(small, blocks)
         return Certified(small, x, v, plain)
     return None
+
+
+def certify_prefixes(
+    blocks: Sequence[BlockHandles], case: Case
+) -> tuple[tuple[Block, ...], np.ndarray] | None:
+    """Writes a random integer network and makes an input, certified for every prefix of it.
+
+    The network of the magnitudes of all numbers gives, on the largest magnitudes that the input may
+    have, at least the magnitude of every intermediate on the input and on each of its prefixes, at
+    whose end there are only fewer terms. Inputs are as large as that allows, or small.
+
+    Args:
+        blocks: the model's handles.
+        case: gives shape, dtype, layout and seed.
+
+    Returns:
+        The network and the input, of shape (batch, channels, length); None if even the sparsest
+        network tried needs more bits than the dtype has.
+    """
+    rng = case.rng("integer network")
+    for density in (float(rng.choice([1.0, 0.5, 0.25])), 0.1, 0.03):
+        network = _integer_network(blocks, case.dtype, rng, density, 1.0)
+        most = exact_pass(_majorant(network), np.ones((1, case.channels, case.length)), None)
+        room = SIGNIFICAND_BITS[case.dtype] - most.forward_bits
+        if room >= 0:
+            # An input 2^e times as large makes no intermediate larger than 2^e times.
+            x, _ = _data(case, 2 ** int(rng.choice([0, min(int(room), 30)])))
+            write_network(network, blocks)
+            return network, x
+    return None
+
+
+def _majorant(network: tuple[Block, ...]) -> tuple[Block, ...]:
+    """The network of the magnitudes of all numbers of a network."""
+    return tuple(
+        Block(tuple(map(_magnitudes, block.branches)), _magnitudes(block.fusion))
+        for block in network
+    )
+
+
+def _magnitudes(layer: Layer) -> Layer:
+    return replace(
+        layer,
+        weight=np.abs(layer.weight),
+        bias=np.abs(layer.bias),
+        scale=np.abs(layer.scale),
+        shift=np.abs(layer.shift),
+        mean=-np.abs(layer.mean),  # it is subtracted
+    )
 
 
 def _grow(
