@@ -8,6 +8,7 @@ import torch
 
 from rescnn_verify.bounds.roundoff import FORMATS
 from rescnn_verify.compare import equal, same_bits, same_tensors, same_values, within
+from rescnn_verify.drawing import SEAMS
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify, certify_prefixes, make_real, values_of
 from rescnn_verify.oracles.integer import exact_pass
@@ -17,7 +18,7 @@ from rescnn_verify.probes import (
     FROZEN,
     PARTS,
     as_input,
-    freeze_norms,
+    freeze,
     normal_input,
     part_of,
     randomise,
@@ -94,18 +95,48 @@ def integer_networks_are_exact_at_every_length(subject, case):
     Nothing is restored in between. oneDNN, which builds kernels for each shape, is on for the last
     one.
     """
+    lengths = case.rng("lengths").permutation(np.arange(1, case.length + 1))
+    yield from _same_at_lengths(subject, case, lengths.tolist())
+
+
+@statement(
+    space=EVAL.narrow(
+        length=Integers(300, 4200), batch=Choice(1), channels=Integers(1, 6),
+        num_blocks=Integers(1, 3),
+    ),
+    needs=(*REFERENCE, DIRECT),
+    work=2**21,
+    effort=0.4,
+    inputs=1,
+)  # fmt: skip
+def integer_networks_are_exact_at_the_ends_of_chunks(subject, case):
+    """The same for lengths around multiples of usual chunk sizes, in a random order.
+
+    There a last chunk may be smaller than what its neighbours overlap.
+    """
+    rng = case.rng("lengths")
+    sizes = [size for size in SEAMS if size < case.length]
+    ends = {
+        min(case.length, size * int(rng.integers(1, case.length // size + 1)) + offset)
+        for size in sizes
+        for offset in (-1, 0, 1, *rng.integers(1, case.field + 1, size=2).tolist())
+    }
+    yield from _same_at_lengths(subject, case, rng.permutation(sorted(ends)).tolist())
+
+
+def _same_at_lengths(subject, case, lengths):
     model = subject.model(case)
     found = certify_prefixes(subject.handles(model, case), case)
     if found is None:
         return
     network, x = found
-    lengths = case.rng("order").permutation(np.arange(1, case.length + 1))
-    for i, length in enumerate(lengths.tolist(), 1):
-        part = replace(case, length=length)
-        with onednn(i == len(lengths)), torch.no_grad():
-            out = subject(model, as_input(part, x[:, :, :length]))
+    contexts = case.rng("contexts").choice(list(CONTEXTS), size=len(lengths))
+    for i, (length, context) in enumerate(zip(lengths, contexts.tolist(), strict=True), 1):
+        with onednn(i == len(lengths)), CONTEXTS[context]():
+            out = subject(model, as_input(replace(case, length=length), x[:, :, :length]))
         expected = exact_pass(network, x[:, :, :length], None).out
-        yield same_values(out, expected, f"output of an integer network at length {length}")
+        what = f"output of an integer network of length {length} under {context}, against NumPy"
+        yield same_values(out, expected, what)
 
 
 def _same_as_numpy(subject, case):
@@ -210,8 +241,8 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
 
     It also moves the running statistics by the documented law: 0.9 times the old plus 0.1 times the
     batch's mean and unbiased variance, one more batch counted, however many there were before and
-    whether or not gradients are recorded. Norms that are in eval mode keep theirs. Checked
-    without dropout.
+    whether or not gradients are recorded. Norms that are in eval mode keep theirs, and a norm obeys
+    no mode but its own. Checked without dropout.
     """
     yield from _trains_as_the_reference(subject, case)
 
@@ -239,7 +270,7 @@ def long_signals_train_within_the_bound(subject, case):
 def _trains_as_the_reference(subject, case):
     model = subject.model(case)
     blocks = subject.handles(model, case)
-    network = _frozen(_real_network(blocks, case), blocks, case)
+    network = _frozen(model, _real_network(blocks, case), blocks, case)
     for layer in (layer for block in blocks for layer in block.layers):
         layer.norm.num_batches_tracked.fill_(case["counted"])
     x = as_input(case, _real_input(case))
@@ -277,9 +308,9 @@ def _real_network(blocks, case):
     return read_network(blocks)
 
 
-def _frozen(network, blocks, case):
+def _frozen(model, network, blocks, case):
     """The network, some of its norms put into eval mode as the case says."""
-    chosen = freeze_norms(blocks, case["frozen"], case.rng("frozen"))
+    chosen = freeze(model, blocks, case["frozen"], case.rng("frozen"))
     frozen = []
     for block, flags in zip(network, chosen, strict=True):
         layers = (*block.branches, block.fusion)
@@ -358,7 +389,7 @@ def real_gradients_are_within_their_bound(subject, case):
     """
     model = subject.model(case)
     blocks = subject.handles(model, case)
-    network = _frozen(_real_network(blocks, case), blocks, case)
+    network = _frozen(model, _real_network(blocks, case), blocks, case)
     x, v = _real_input(case), case.rng("gradient").standard_normal(case.shape)
     expected = real_pass(network, values_of(case, x), v=v, train=case.mode == "train")
     if expected.kink or not np.isfinite(expected.input_gradient.error).all():

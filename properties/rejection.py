@@ -28,7 +28,7 @@ def _has_argument(target, invalid):
 
 
 @statement(
-    space=Space(invalid=Choice(*IMPOSSIBLE), seed=INPUTS.get("seed")),
+    space=Space(invalid=Choice(*IMPOSSIBLE), more=Integers(0, 9), seed=INPUTS.get("seed")),
     needs=(REFUSALS,),
     effort=6,
 )
@@ -41,7 +41,7 @@ def impossible_arguments_are_refused(subject, case):
     how = case["invalid"]
     if not (_has_argument(subject.target, how) and spoilable(case.config, how)):
         return
-    config, names, value = spoiled(case.config, case["invalid"], case.seed)
+    config, names, value = spoiled(_with_more_kernels(subject, case), case["invalid"], case.seed)
     what = f"building {config.describe()}"
     error = refuses(lambda: subject.target.build(config), subject.target.errors, what)
     yield holds(error is not None, what, "a refusal", "a model")
@@ -51,7 +51,7 @@ def impossible_arguments_are_refused(subject, case):
 @statement(
     space=INPUTS.narrow(
         Constraint("enough kernels", lambda c: spoilable(c.config, c["invalid"])),
-        invalid=Choice(*UNUSUAL), mode=Choice("eval"), dtype=Choice("float64"),
+        invalid=Choice(*UNUSUAL), more=Integers(0, 9), mode=Choice("eval"), dtype=Choice("float64"),
         batch=Choice(2), layout=Choice("contiguous"), length=Integers(1, 40),
     ),
     needs=(REFUSALS, CONTRACT), effort=6)  # fmt: skip
@@ -61,7 +61,7 @@ def unusual_arguments_are_refused_or_honoured(subject, case):
     Honoured means: every length, 1 included, comes out as it went in; the claimed receptive field
     is the formula's and the measured one; and with all parameters zero the output is relu(x).
     """
-    config, names, value = spoiled(case.config, case["invalid"], case.seed)
+    config, names, value = spoiled(_with_more_kernels(subject, case), case["invalid"], case.seed)
     what = f"building {config.describe()}"
     error = refuses(lambda: subject.target.build(config), subject.target.errors, what)
     if error is not None:
@@ -95,6 +95,14 @@ def unusual_arguments_are_refused_or_honoured(subject, case):
         yield same_bits(
             out, torch.relu(x), f"output of {config.describe()} with all parameters zero"
         )
+
+
+def _with_more_kernels(subject, case):
+    """The case's configuration with ``more`` kernels, where all lists of kernels are promised."""
+    if not subject.target.follows_contract:
+        return case.config
+    kernels = (*case.kernel_sizes, *case.rng("more").choice([3, 5, 7], case["more"]).tolist())
+    return replace(case.config, kernel_sizes=kernels, channels=max(case.channels, len(kernels)))
 
 
 def _names_its_reason(error, names, value, what):

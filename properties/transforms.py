@@ -1,5 +1,7 @@
 """Transforms: what torch makes of a model is the same function, within derived bounds."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import nn
@@ -23,18 +25,62 @@ EVAL = INPUTS.narrow(
 )  # fmt: skip
 
 
-@statement(space=EVAL, needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4)
-def vmap_over_the_batch_is_the_same_function(subject, case):
-    """`torch.vmap` over the rows in eval mode is within the error bound of the reference.
+@statement(
+    space=EVAL.narrow(axis=Integers(0, 3), rows=Choice(1, 2, 3)), needs=REFERENCE,
+    evidence="bounded", work=2**15, effort=0.4,
+)  # fmt: skip
+def vmap_over_inputs_is_the_same_function(subject, case):
+    """`torch.vmap` over groups of rows in eval mode is within the error bound of the reference.
 
-    It is what per-sample gradients and ensembles are made with. (In train mode a batch norm's
-    update in place cannot be mapped.)
+    Whichever axis is mapped. It is what per-sample gradients are made with. (In train mode a batch
+    norm's update in place cannot be mapped.)
     """
+    rows = case["rows"] if case.batch % case["rows"] == 0 else 1
 
     def mapped(model, x):
-        return torch.vmap(lambda row: subject.target.call(model, row[None])[0])(x)
+        groups = x.unflatten(0, (-1, rows)).movedim(0, case["axis"])
+        run = torch.vmap(lambda part: subject.target.call(model, part), case["axis"], case["axis"])
+        return run(groups).movedim(case["axis"], 0).flatten(0, 1)
 
     yield from _same_function(subject, case, mapped, "vmap")
+
+
+@statement(
+    space=EVAL.narrow(mapped=Choice("parameters", "parameters and inputs")), needs=REFERENCE,
+    evidence="bounded", work=2**14, effort=0.3,
+)  # fmt: skip
+def vmap_over_weights_is_each_one_s_function(subject, case):
+    """`torch.vmap` over stacked parameters and buffers gives what each of them gives.
+
+    It is what ensembles are made with.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    x = normal_input(case)
+    inputs = [x, normal_input(case, "other input")] if "inputs" in case["mapped"] else [x, x]
+    states, expected = [], []
+    for i, own in enumerate(inputs):
+        randomise(model, case.rng(f"weights {i}"))
+        values = own.cpu().double().numpy()
+        expected.append(real_pass(read_network(blocks), values, form=FORMATS[case.dtype]))
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        states.append({name: tensor.detach().clone() for name, tensor in tensors.items()})
+    if not all(bounded.in_range for bounded in expected):
+        return
+    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    whole = _Called(subject.target.call, model)
+
+    def run(state, given):
+        named = {f"model.{name}": tensor for name, tensor in state.items()}
+        return torch.func.functional_call(whole, named, (given,))
+
+    with _supported("vmap over weights"):
+        if "inputs" in case["mapped"]:
+            outs = torch.vmap(run)(stacked, torch.stack(inputs))
+        else:
+            outs = torch.vmap(run, (0, None))(stacked, x)
+    for i, bounded in enumerate(expected):
+        yield within(outs[i], bounded.out, f"output {i} under vmap, against the reference")
 
 
 @statement(
@@ -116,14 +162,21 @@ def _same_function(subject, case, transformed, name, form=None, prepare=None):
     if prepare:
         prepare(blocks)
     seed_torch(case.seed)
+    with _supported(name):
+        out = transformed(model, x)
+    yield within(out, expected.out, f"output under {name}, against the reference")
+
+
+@contextmanager
+def _supported(name):
+    """Runs without gradients what a target need not support."""
     try:
         with torch.no_grad():
-            out = transformed(model, x)
+            yield
     except NothingCompiledError:
         raise
     except Exception as error:
         raise NotApplicable(f"the target does not support {name}: {describe(error)}") from error
-    yield within(out, expected.out, f"output under {name}, against the reference")
 
 
 def _fold_all(blocks):

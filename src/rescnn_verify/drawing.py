@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from rescnn_verify.case import Case, Config
 from rescnn_verify.space import Choice, Factor, Floats, Integers, Lists, Space, architectural
 
-__all__ = ["WORK", "Draw", "RandomDraw", "draw_config", "draw_trial"]
+__all__ = ["SEAMS", "WORK", "Draw", "RandomDraw", "draw_config", "draw_trial"]
 
 T = TypeVar("T")
 
@@ -30,6 +30,8 @@ LONG = (
     *(255, 256, 257, 300, 511, 512, 513, 640, 960, 1000, 1023, 1024, 1025, 1500),
     *(2047, 2048, 2049, 4095, 4096, 4097),
 )
+#: Chunk sizes, or divisors of them, that people write.
+SEAMS = (64, 128, 256, 500, 512, 1000, 1024, 2048)
 BATCHES = (2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129)
 CHANNELS = (
     *(2, 3, 4, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 21, 24, 31, 32, 33, 37, 48),
@@ -183,11 +185,23 @@ def draw_batch(draw: Draw, factor: Integers) -> int:
 
 
 def draw_length(draw: Draw, factor: Integers, near: Sequence[int]) -> int:
-    """Short ones, those around given values, several hundred and more, and any other."""
-    if draw.integer(0, 1):
+    """Short ones, those around given values, several hundred and more, and any other.
+
+    One in five ends just before a multiple of a usual chunk size, or behind it by no more than the
+    largest of the given values: there a last chunk is smaller than what its neighbours overlap.
+    """
+    kind = draw.integer(0, 4)
+    if kind < 2:
+        ends = (n + d for n in near for d in (0, -1, 1, n - 3, n + 1))
+        halves = (n // 2 + d for n in near for d in (0, 1))
+        return _integer(draw, factor.low, factor.high, small=11, corners=(*ends, *halves))
+    sizes = [size for size in SEAMS if size < factor.high]
+    if kind < 4 or not sizes:
         return _integer(draw, factor.low, factor.high, small=40, corners=LONG)
-    around = [v for n in near for v in (n, n - 1, n + 1, n // 2, n // 2 + 1, 2 * n - 3, 2 * n + 1)]
-    return _integer(draw, factor.low, factor.high, small=11, corners=around)
+    size = draw.choice(sizes)
+    end = size * draw.integer(1, factor.high // size) + draw.integer(-1, max(near))
+    end = min(max(factor.low, end), factor.high)
+    return draw.integer(end, end)
 
 
 def draw_channels(draw: Draw, factor: Factor, branches: int) -> int:

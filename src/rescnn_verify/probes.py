@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rescnn_verify.case import Case
+from rescnn_verify.drawing import SEAMS
 from rescnn_verify.handles import BlockHandles, ConvNorm, fill, put
 from rescnn_verify.subject import DTYPES
 
@@ -26,7 +27,7 @@ __all__ = [
     "as_input",
     "called_within",
     "exact_norm",
-    "freeze_norms",
+    "freeze",
     "impulse_rows",
     "make_end_taps",
     "make_positive",
@@ -46,9 +47,6 @@ __all__ = [
 
 #: Inputs and outputs of modules, call by call.
 Calls = dict[nn.Module, list[tuple[Tensor, Tensor]]]
-
-#: Chunk sizes, or divisors of them, that people write.
-SEAMS = (64, 128, 256, 500, 512, 1000, 1024, 2048)
 
 
 def as_input(case: Case, values: np.ndarray) -> Tensor:
@@ -205,27 +203,29 @@ def part_of(
     }
 
 
-#: Which norms of a training model are in eval mode; of "some" each one with chance ½.
-FROZEN = ("no block", "some blocks", "some norms")
+#: What of a training model is in eval mode; of "some" each one with chance ½.
+FROZEN = ("no block", "some blocks", "some norms", "all but norms", "all but some norms")
 
 
-def freeze_norms(
-    blocks: Sequence[BlockHandles], which: str, rng: np.random.Generator
+def freeze(
+    model: nn.Module, blocks: Sequence[BlockHandles], which: str, rng: np.random.Generator
 ) -> tuple[tuple[bool, ...], ...]:
-    """Puts norms into eval mode, one of `FROZEN`.
+    """Puts norms of a training model, or all else of it, into eval mode, one of `FROZEN`.
 
     Returns:
         Whether a layer's norm is, for each layer of each block.
     """
+    training = model.training
+    if which.startswith("all but"):
+        model.eval()
     chosen = []
     for block in blocks:
         flags = rng.integers(2, size=len(block.layers)).astype(bool)
-        if which != "some norms":
+        if not which.endswith("some norms"):
             flags[:] = which == "some blocks" and flags[0]
         chosen.append(tuple(flags.tolist()))
         for layer, is_frozen in zip(block.layers, flags, strict=True):
-            if is_frozen:
-                layer.norm.eval()
+            layer.norm.train(training and not is_frozen)
     return tuple(chosen)
 
 
