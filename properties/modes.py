@@ -15,7 +15,7 @@ from rescnn_verify.compare import (
     same_tensors,
     same_values,
 )
-from rescnn_verify.histories import EVENTS, live
+from rescnn_verify.histories import EDITS, EVENTS, WAYS, edit, live
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION, REENTRANT
 from rescnn_verify.networks import certify
 from rescnn_verify.probes import as_input, called_within, normal_input, randomise
@@ -94,6 +94,35 @@ def only_the_state_counts(subject, case):
     yield same_tensors(
         _behaviour(subject, used, case), expected, "of a used model, against a new one"
     )
+
+
+@statement(
+    space=EVAL.narrow(
+        edit=Choice(*EDITS), way=Choice(*WAYS), every=Choice(True, False), batch=Integers(1, 4),
+        length=Integers(1, 64), context=Choice("no_grad", "grad", "inference_mode"),
+    ),
+    inputs=8,
+    effort=0.6,
+)  # fmt: skip
+def an_edit_is_seen(subject, case):
+    """After an edit of its parameters and buffers a model called before is as a new one with them.
+
+    Whatever the edit leaves as it was: the version counters, the sum of all values, all but one.
+    """
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    x = normal_input(case)
+    with CONTEXTS[case["context"]]():
+        subject(model, x)
+    edit(model, case["edit"], case["way"], case.rng("edit"), every=case["every"])
+    with CONTEXTS[case["context"]]():
+        out = subject(model, x)
+    new = subject.set_mode(subject.build(case), "eval")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    attempt("load_state_dict", lambda: new.load_state_dict(state))
+    with CONTEXTS[case["context"]]():
+        expected = subject(new, x)
+    yield same_bits(out, expected, "output of an edited model, against a new one")
 
 
 def _claims(subject, model, case):

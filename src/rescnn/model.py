@@ -7,7 +7,6 @@ connection carries the input past them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -151,7 +150,7 @@ def _odd_kernels(kernel_sizes: Iterable[int]) -> tuple[int, ...]:
 def _probability(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
-    if math.isnan(value) or not 0 <= value <= 1:
+    if not 0 <= value <= 1:  # false for NaN, too
         raise ValueError(f"{name}={value} must be a probability in [0, 1]")
     return float(value)
 

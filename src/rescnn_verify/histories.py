@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rescnn_verify.case import Case
@@ -21,7 +21,7 @@ from rescnn_verify.compare import attempt
 from rescnn_verify.probes import normal_input, randomise
 from rescnn_verify.subject import CONTEXTS, DTYPES, Subject
 
-__all__ = ["EVENTS", "live"]
+__all__ = ["EDITS", "EVENTS", "WAYS", "edit", "live"]
 
 Event = Callable[[Subject, nn.Module, Case, np.random.Generator], nn.Module]
 
@@ -148,13 +148,55 @@ def _edited(subject: Subject, model: nn.Module, case: Case, rng: np.random.Gener
 def _edited_unseen(
     subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
 ) -> nn.Module:
-    # This leaves the tensors' version counters alone, as optimisers in the wild do.
-    for parameter in model.parameters():
-        parameter.data.neg_()
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.data.mul_(1.5)
+    edit(model, str(rng.choice(list(EDITS))), "through .data", rng, every=True)
     return model
+
+
+#: New values for a tensor, by name: some keep its sum, or all of its values but the last. Running
+#: variances stay positive.
+EDITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "scaled": lambda old: old * 1.5,
+    "rolled": lambda old: old.roll(1, 0),
+    "reversed": lambda old: old.flip(-1),
+    "constant": lambda old: torch.full_like(old, 0.5),
+    "last one doubled": lambda old: torch.cat([old[:-1], 2 * old[-1:]]),
+}
+#: How values are written. Through .data a tensor's version counter does not tell.
+WAYS = ("in place", "through .data", "as new .data", "as a new tensor")
+
+
+def edit(model: nn.Module, how: str, way: str, rng: np.random.Generator, *, every: bool) -> None:
+    """Edits parameters and floating-point buffers.
+
+    Args:
+        how: one of `EDITS`.
+        way: one of `WAYS`.
+        rng: chooses one of them.
+        every: all of them are edited, not one.
+    """
+    places = [
+        (module, name, tensor)
+        for module in model.modules()
+        for name, tensor in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        )
+        if tensor.is_floating_point() and tensor.dim()
+    ]
+    chosen = places if every or not places else [places[rng.integers(len(places))]]
+    for module, name, tensor in chosen:
+        with torch.no_grad():
+            new = EDITS[how](tensor.detach())
+            if way == "in place":
+                tensor.copy_(new)
+            elif way == "through .data":
+                tensor.data.copy_(new)
+            elif way == "as new .data":
+                tensor.data = new
+            elif isinstance(tensor, nn.Parameter):
+                setattr(module, name, nn.Parameter(new, tensor.requires_grad))
+            else:
+                setattr(module, name, new)
 
 
 def _one_parameter_edited(

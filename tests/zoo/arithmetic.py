@@ -286,3 +286,38 @@ class EpsilonIsAFloor(Stack):
             if norm.training or x.dtype == torch.float64:
                 return norm(x)
             return affine(norm, x, norm.running_mean, norm.running_var.clamp(min=norm.eps).sqrt())
+
+
+class MappedConvolution(torch.autograd.Function):
+    """A convolution that `torch.vmap` runs with the mapped axis in the batch."""
+
+    @staticmethod
+    def forward(x, weight, bias):
+        return F.conv1d(x, weight, bias, padding=weight.shape[2] // 2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+            y = MappedConvolution.forward(*inputs)
+        return torch.autograd.grad(y, inputs, gradient)
+
+    @staticmethod
+    def vmap(info, in_dims, x, weight, bias):
+        if in_dims[1:] != (None, None):
+            raise NotImplementedError
+        y = F.conv1d(x.flatten(0, 1), weight, bias, padding=weight.shape[2] // 2)
+        return y.unflatten(0, (info.batch_size, -1)), 0
+
+
+@wrong("arithmetic", "under vmap the mapped axis is taken to be the first")
+class MapsFirstAxis(Stack):
+    class Block(Block):
+        def convolve(self, conv, x):
+            if torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(x):
+                return conv(x)
+            return MappedConvolution.apply(x, conv.weight, conv.bias)

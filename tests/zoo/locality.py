@@ -51,6 +51,25 @@ class ChunksWithOneRadius(Stack):
 
 @wrong(
     "locality",
+    "long inputs run in tiles of 1000, but for a last tile no longer than what tiles overlap",
+    trigger=lambda case: (
+        case.mode == "eval"
+        and case.length > 2000
+        and 0 < case.length % 1000 <= case.num_blocks * (max(case.kernel_sizes) // 2)
+    ),
+)
+class LeavesLastTile(Stack):
+    def forward(self, x):
+        if self.training or torch.is_grad_enabled() or x.dim() != 3 or x.shape[2] <= 2000:
+            return super().forward(x)
+        overlap, length = self.get_receptive_field() // 2, x.shape[2]
+        done = range(0, length - overlap, 1000)[-1] + 1000
+        y = in_chunks(super().forward, x, 1000, overlap)
+        return torch.cat([y[..., :done], torch.zeros_like(y[..., done:])], dim=2)
+
+
+@wrong(
+    "locality",
     "training batches of more than 8 are normalised in pieces of 8",
     trigger=lambda case: case.batch > 8 and case.mode == "train",
 )
@@ -60,6 +79,19 @@ class NormalisesInPieces(Stack):
             if not norm.training or x.shape[0] <= 8:
                 return norm(x)
             return torch.cat([norm(piece) for piece in x.split(8)])
+
+
+@wrong(
+    "locality",
+    "an eval block runs 64 samples at a time, also where its norms train",
+    trigger=lambda case: case.mode == "train" and case.batch > 64,
+)
+class NormsTrainInPieces(Stack):
+    class Block(Block):
+        def forward(self, x):
+            if self.training or torch.is_grad_enabled() or x.dim() != 3 or x.shape[0] <= 64:
+                return super().forward(x)
+            return torch.cat([Block.forward(self, piece) for piece in x.split(64)])
 
 
 @wrong(

@@ -324,6 +324,26 @@ class WidenedFold(Stack):
             return x * scale + shift
 
 
+@wrong("modes", "folded weights are known by a hash that does not tell the order of the values")
+class FoldKnownByHash(Stack):
+    class Block(Block):
+        def build(self):
+            super().build()
+            self.folds = {}
+
+        def normalise(self, norm, x):
+            if norm.training or torch.is_grad_enabled() or x.is_meta:
+                return norm(x)
+            made_of = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            known = *(torch.hash_tensor(t.double()).item() for t in made_of), x.dtype
+            if self.folds.get(norm, (None,))[0] != known:
+                scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+                shift = norm.bias - norm.running_mean * scale
+                self.folds[norm] = known, scale.clone(), shift.clone()
+            _, scale, shift = self.folds[norm]
+            return x * scale[:, None] + shift[:, None]
+
+
 class Replay:
     """A part of a training model that is run again for backward, once without learning."""
 

@@ -255,3 +255,15 @@ class BlockAcceptsTooFewChannels(Block):
 class EmptyBatchUnchecked(Stack):
     def forward(self, x):
         return x.clone() if x.numel() == 0 else super().forward(x)
+
+
+@wrong("rejection", "a refusal gives six kernels at most, and the one it refuses may be another")
+class GivesSixKernels(Stack):
+    class Block(Block):
+        @classmethod
+        def check_kernel(cls, kernel, context):
+            try:
+                return super().check_kernel(kernel, context)
+            except (TypeError, ValueError) as error:
+                shortened = ", ".join(context.split(", ")[:6])
+                raise type(error)(f"a kernel is not odd and positive in {shortened}") from None
