@@ -18,18 +18,23 @@ from rescnn_verify.probes import (
     FROZEN,
     PARTS,
     as_input,
-    freeze,
+    freeze_norms,
     normal_input,
     part_of,
     randomise,
     zero_fusion,
 )
-from rescnn_verify.space import INPUTS, Choice, Integers, Lists
+from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Lists
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import CONTEXTS, kernel_sets, onednn
 
 REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM)
 EVAL = INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 130))
+PASSES = ("forward", "backward")
+WIDE = Constraint(
+    "a backward pass in float32 or float64",
+    lambda c: c["passes"] == "forward" or c.dtype in ("float32", "float64"),
+)
 #: Fusion norms of which blocks have scale and shift 0, as many training recipes begin.
 ZERO = ("no block", "some blocks")
 
@@ -83,60 +88,99 @@ def large_integer_batches_are_exact(subject, case):
 
 
 @statement(
-    space=EVAL.narrow(length=Integers(1, 40), batch=Integers(1, 9)),
+    space=EVAL.narrow(
+        WIDE, length=Integers(1, 40), batch=Integers(1, 9), passes=Choice(*PASSES),
+    ),
     needs=(*REFERENCE, DIRECT),
     work=2**14,
     effort=0.6,
     inputs=1,
-)
+)  # fmt: skip
 def integer_networks_are_exact_at_every_length(subject, case):
-    """The same for one network at every length up to the case's, in a random order.
+    """One network is as NumPy says by ``==`` at every length up to the case's, in a random order.
 
-    Nothing is restored in between. oneDNN, which builds kernels for each shape, is on for the last
-    one.
+    So is its output, or with a backward pass also the gradient at the input and those of all
+    parameters. Nothing is restored in between. oneDNN, which builds kernels for each shape, is on
+    for the last length.
     """
-    lengths = case.rng("lengths").permutation(np.arange(1, case.length + 1))
-    yield from _same_at_lengths(subject, case, lengths.tolist())
+    yield from _same_at(subject, case, "length", range(1, case.length + 1))
 
 
 @statement(
     space=EVAL.narrow(
-        length=Integers(300, 4200), batch=Choice(1), channels=Integers(1, 6),
-        num_blocks=Integers(1, 3),
+        WIDE, length=Integers(300, 4200), batch=Choice(1), channels=Integers(1, 6),
+        num_blocks=Integers(1, 3), passes=Choice(*PASSES),
     ),
     needs=(*REFERENCE, DIRECT),
     work=2**21,
-    effort=0.4,
+    effort=0.7,
     inputs=1,
 )  # fmt: skip
 def integer_networks_are_exact_at_the_ends_of_chunks(subject, case):
-    """The same for lengths around multiples of usual chunk sizes, in a random order.
+    """The same for lengths around multiples of usual chunk sizes.
 
     There a last chunk may be smaller than what its neighbours overlap.
     """
-    rng = case.rng("lengths")
-    sizes = [size for size in SEAMS if size < case.length]
-    ends = {
-        min(case.length, size * int(rng.integers(1, case.length // size + 1)) + offset)
-        for size in sizes
-        for offset in (-1, 0, 1, *rng.integers(1, case.field + 1, size=2).tolist())
+    yield from _same_at(subject, case, "length", _around_seams(case, case.length, case.field))
+
+
+@statement(
+    space=EVAL.narrow(
+        WIDE, batch=Integers(100, 1100), length=Integers(1, 9), channels=Integers(1, 6),
+        num_blocks=Integers(1, 3), passes=Choice(*PASSES),
+    ),
+    needs=(*REFERENCE, DIRECT),
+    work=2**21,
+    effort=0.3,
+    inputs=1,
+)  # fmt: skip
+def integer_networks_are_exact_at_the_ends_of_batches(subject, case):
+    """The same for batches around multiples of usual sizes of smaller ones."""
+    yield from _same_at(subject, case, "batch", _around_seams(case, case.batch, 8))
+
+
+def _around_seams(case, most, overlap):
+    """Sizes up to ``most`` next to multiples of usual chunk sizes, and behind by the overlap."""
+    rng = case.rng("seams")
+    return {
+        min(most, size * int(rng.integers(1, most // size + 1)) + offset)
+        for size in (8, 16, 32, *SEAMS)
+        if size < most
+        for offset in (-1, 0, 1, int(rng.integers(1, overlap + 1)))
     }
-    yield from _same_at_lengths(subject, case, rng.permutation(sorted(ends)).tolist())
 
 
-def _same_at_lengths(subject, case, lengths):
+def _same_at(subject, case, axis, sizes):
     model = subject.model(case)
-    found = certify_prefixes(subject.handles(model, case), case)
+    blocks = subject.handles(model, case)
+    backward = case["passes"] == "backward"
+    bits = "weight_bits" if backward else "forward_bits"
+    found = certify_prefixes(blocks, case, bits=bits, kinkless=backward)
     if found is None:
         return
-    network, x = found
-    contexts = case.rng("contexts").choice(list(CONTEXTS), size=len(lengths))
-    for i, (length, context) in enumerate(zip(lengths, contexts.tolist(), strict=True), 1):
-        with onednn(i == len(lengths)), CONTEXTS[context]():
-            out = subject(model, as_input(replace(case, length=length), x[:, :, :length]))
-        expected = exact_pass(network, x[:, :, :length], None).out
-        what = f"output of an integer network of length {length} under {context}, against NumPy"
-        yield same_values(out, expected, what)
+    rng = case.rng("sizes")
+    for i, size in enumerate(rng.permutation(sorted(sizes)).tolist(), 1):
+        part = replace(case, **{axis: size})
+        x, v = (
+            values_of(part, data[:size] if axis == "batch" else data[:, :, :size])
+            for data in (found.x, found.v)
+        )
+        what = f"of an integer network at {axis} {size}"
+        with onednn(i == len(sizes)):
+            if not backward:
+                with CONTEXTS[context := str(rng.choice(list(CONTEXTS)))]():
+                    out = subject(model, as_input(part, x))
+                expected = exact_pass(found.network, x, None)
+                yield same_values(out, expected.out, f"output {what} under {context}")
+                continue
+            for parameter in model.parameters():
+                parameter.grad = None
+            out, gradient = subject.vjp(model, as_input(part, x), as_input(part, v))
+        expected = exact_pass(found.network, x, v, fraction=0.5)
+        yield same_values(out, expected.out, f"output {what} with gradients on")
+        yield same_values(gradient, expected.input_gradient, f"gradient at the input {what}")
+        for name, own, exact in gradients_beside(blocks, expected.gradients):
+            yield same_values(own, exact, f"{name} {what}")
 
 
 def _same_as_numpy(subject, case):
@@ -241,8 +285,8 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
 
     It also moves the running statistics by the documented law: 0.9 times the old plus 0.1 times the
     batch's mean and unbiased variance, one more batch counted, however many there were before and
-    whether or not gradients are recorded. Norms that are in eval mode keep theirs, and a norm obeys
-    no mode but its own. Checked without dropout.
+    whether or not gradients are recorded. Norms that are in eval mode keep theirs. Checked
+    without dropout.
     """
     yield from _trains_as_the_reference(subject, case)
 
@@ -270,7 +314,7 @@ def long_signals_train_within_the_bound(subject, case):
 def _trains_as_the_reference(subject, case):
     model = subject.model(case)
     blocks = subject.handles(model, case)
-    network = _frozen(model, _real_network(blocks, case), blocks, case)
+    network = _frozen(_real_network(blocks, case), blocks, case)
     for layer in (layer for block in blocks for layer in block.layers):
         layer.norm.num_batches_tracked.fill_(case["counted"])
     x = as_input(case, _real_input(case))
@@ -308,9 +352,9 @@ def _real_network(blocks, case):
     return read_network(blocks)
 
 
-def _frozen(model, network, blocks, case):
+def _frozen(network, blocks, case):
     """The network, some of its norms put into eval mode as the case says."""
-    chosen = freeze(model, blocks, case["frozen"], case.rng("frozen"))
+    chosen = freeze_norms(blocks, case["frozen"], case.rng("frozen"))
     frozen = []
     for block, flags in zip(network, chosen, strict=True):
         layers = (*block.branches, block.fusion)
@@ -389,7 +433,7 @@ def real_gradients_are_within_their_bound(subject, case):
     """
     model = subject.model(case)
     blocks = subject.handles(model, case)
-    network = _frozen(model, _real_network(blocks, case), blocks, case)
+    network = _frozen(_real_network(blocks, case), blocks, case)
     x, v = _real_input(case), case.rng("gradient").standard_normal(case.shape)
     expected = real_pass(network, values_of(case, x), v=v, train=case.mode == "train")
     if expected.kink or not np.isfinite(expected.input_gradient.error).all():

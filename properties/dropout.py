@@ -20,7 +20,7 @@ from rescnn_verify.probes import (
     PARTS,
     as_input,
     exact_norm,
-    freeze,
+    freeze_norms,
     normal_input,
     part_of,
     randomise,
@@ -37,7 +37,7 @@ ALPHA = 1e-16
 
 
 @statement(
-    space=TRAIN.narrow(frozen=Choice(*FROZEN[:3]), constant=Choice("nothing", *PARTS)),
+    space=TRAIN.narrow(frozen=Choice(*FROZEN), constant=Choice("nothing", *PARTS)),
     needs=NEEDS,
 )
 def survivors_are_scaled(subject, case):
@@ -50,7 +50,7 @@ def survivors_are_scaled(subject, case):
     index = case.seed % case.num_blocks
     model = subject.model(case)
     blocks = subject.handles(model, case)
-    frozen = freeze(model, blocks, case["frozen"], case.rng("frozen"))[index][-1]
+    frozen = freeze_norms(blocks, case["frozen"], case.rng("frozen"))[index][-1]
     for parameter in part_of(model, blocks, case["constant"], case.rng("constant")):
         parameter.requires_grad_(False)
     for i, block in enumerate(blocks):

@@ -89,32 +89,30 @@ def certify(
 
 
 def certify_prefixes(
-    blocks: Sequence[BlockHandles], case: Case
-) -> tuple[tuple[Block, ...], np.ndarray] | None:
-    """Writes a random integer network and makes an input, certified for every prefix of it.
+    blocks: Sequence[BlockHandles], case: Case, *, bits: str, kinkless: bool = False
+) -> Certified | None:
+    """As `certify`, for every prefix of the data, along the batch or the length.
 
-    The network of the magnitudes of all numbers gives, on the largest magnitudes that the input may
-    have, at least the magnitude of every intermediate on the input and on each of its prefixes, at
-    whose end there are only fewer terms. Inputs are as large as that allows, or small.
-
-    Args:
-        blocks: the model's handles.
-        case: gives shape, dtype, layout and seed.
-
-    Returns:
-        The network and the input, of shape (batch, channels, length); None if even the sparsest
-        network tried needs more bits than the dtype has.
+    The network of the magnitudes of all numbers gives, on the largest magnitudes that the data may
+    have, at least the magnitude of every intermediate on the data and on each of their prefixes,
+    which only have fewer terms to add up. (Its own ReLUs let everything pass, as its shifts are
+    positive where a backward pass is wanted.) Inputs are as large as that allows, or small.
     """
+    limit = SIGNIFICAND_BITS[case.dtype]
     rng = case.rng("integer network")
+    fraction = 0.5 if kinkless else 1.0
+    ones = np.ones(case.shape)
     for density in (float(rng.choice([1.0, 0.5, 0.25])), 0.1, 0.03):
-        network = _integer_network(blocks, case.dtype, rng, density, 1.0)
-        most = exact_pass(_majorant(network), np.ones((1, case.channels, case.length)), None)
-        room = SIGNIFICAND_BITS[case.dtype] - most.forward_bits
+        network = _integer_network(blocks, case.dtype, rng, density, fraction)
+        through = None if bits == "forward_bits" else 2 * ones
+        most = exact_pass(_majorant(network), ones, through, fraction=fraction)
+        room = limit - getattr(most, bits)
         if room >= 0:
             # An input 2^e times as large makes no intermediate larger than 2^e times.
-            x, _ = _data(case, 2 ** int(rng.choice([0, min(int(room), 30)])))
+            x, v = _data(case, 2 ** int(rng.choice([0, min(int(room), 30)])))
             write_network(network, blocks)
-            return network, x
+            through = None if bits == "forward_bits" else v
+            return Certified(network, x, v, exact_pass(network, x, through, fraction=fraction))
     return None
 
 

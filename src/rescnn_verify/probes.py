@@ -27,7 +27,7 @@ __all__ = [
     "as_input",
     "called_within",
     "exact_norm",
-    "freeze",
+    "freeze_norms",
     "impulse_rows",
     "make_end_taps",
     "make_positive",
@@ -203,29 +203,27 @@ def part_of(
     }
 
 
-#: What of a training model is in eval mode; of "some" each one with chance ½.
-FROZEN = ("no block", "some blocks", "some norms", "all but norms", "all but some norms")
+#: Which norms of a training model are in eval mode; of "some" each one with chance ½.
+FROZEN = ("no block", "some blocks", "some norms")
 
 
-def freeze(
-    model: nn.Module, blocks: Sequence[BlockHandles], which: str, rng: np.random.Generator
+def freeze_norms(
+    blocks: Sequence[BlockHandles], which: str, rng: np.random.Generator
 ) -> tuple[tuple[bool, ...], ...]:
-    """Puts norms of a training model, or all else of it, into eval mode, one of `FROZEN`.
+    """Puts norms into eval mode, one of `FROZEN`.
 
     Returns:
         Whether a layer's norm is, for each layer of each block.
     """
-    training = model.training
-    if which.startswith("all but"):
-        model.eval()
     chosen = []
     for block in blocks:
         flags = rng.integers(2, size=len(block.layers)).astype(bool)
-        if not which.endswith("some norms"):
+        if which != "some norms":
             flags[:] = which == "some blocks" and flags[0]
         chosen.append(tuple(flags.tolist()))
         for layer, is_frozen in zip(block.layers, flags, strict=True):
-            layer.norm.train(training and not is_frozen)
+            if is_frozen:
+                layer.norm.eval()
     return tuple(chosen)
 
 

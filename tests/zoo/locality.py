@@ -83,19 +83,6 @@ class NormalisesInPieces(Stack):
 
 @wrong(
     "locality",
-    "an eval block runs 64 samples at a time, also where its norms train",
-    trigger=lambda case: case.mode == "train" and case.batch > 64,
-)
-class NormsTrainInPieces(Stack):
-    class Block(Block):
-        def forward(self, x):
-            if self.training or torch.is_grad_enabled() or x.dim() != 3 or x.shape[0] <= 64:
-                return super().forward(x)
-            return torch.cat([Block.forward(self, piece) for piece in x.split(64)])
-
-
-@wrong(
-    "locality",
     "batches of more than 8 are split, and the incomplete piece repeats the piece before it",
     trigger=lambda case: case.batch > 8 and case.batch % 8 > 0,
 )
