@@ -88,22 +88,36 @@ def large_integer_batches_are_exact(subject, case):
 
 
 @statement(
+    space=EVAL.narrow(length=Integers(1, 40), batch=Integers(1, 9)),
+    needs=(*REFERENCE, DIRECT),
+    work=2**14,
+    effort=0.5,
+    inputs=1,
+)
+def integer_networks_are_exact_at_every_length(subject, case):
+    """One network's output is NumPy's by ``==`` at every length up to the case's, in random order.
+
+    Nothing is restored in between. oneDNN, which builds kernels for each shape, is on for the last
+    length.
+    """
+    yield from _same_at(subject, case, "length", range(1, case.length + 1), "forward")
+
+
+@statement(
     space=EVAL.narrow(
-        WIDE, length=Integers(1, 40), batch=Integers(1, 9), passes=Choice(*PASSES),
+        length=Integers(1, 40), batch=Integers(1, 9), dtype=Choice("float32", "float64")
     ),
     needs=(*REFERENCE, DIRECT),
     work=2**14,
-    effort=0.6,
+    effort=0.4,
     inputs=1,
-)  # fmt: skip
-def integer_networks_are_exact_at_every_length(subject, case):
-    """One network is as NumPy says by ``==`` at every length up to the case's, in a random order.
+)
+def integer_gradients_are_exact_at_every_length(subject, case):
+    """One network's gradients are NumPy's by ``==`` at every length up to the case's.
 
-    So is its output, or with a backward pass also the gradient at the input and those of all
-    parameters. Nothing is restored in between. oneDNN, which builds kernels for each shape, is on
-    for the last length.
+    That at the input, and those of all parameters.
     """
-    yield from _same_at(subject, case, "length", range(1, case.length + 1))
+    yield from _same_at(subject, case, "length", range(1, case.length + 1), "backward")
 
 
 @statement(
@@ -117,11 +131,12 @@ def integer_networks_are_exact_at_every_length(subject, case):
     inputs=1,
 )  # fmt: skip
 def integer_networks_are_exact_at_the_ends_of_chunks(subject, case):
-    """The same for lengths around multiples of usual chunk sizes.
+    """The same for lengths around multiples of usual chunk sizes, with and without gradients.
 
     There a last chunk may be smaller than what its neighbours overlap.
     """
-    yield from _same_at(subject, case, "length", _around_seams(case, case.length, case.field))
+    sizes = _around_seams(case, case.length, case.field)
+    yield from _same_at(subject, case, "length", sizes, case["passes"])
 
 
 @statement(
@@ -136,7 +151,8 @@ def integer_networks_are_exact_at_the_ends_of_chunks(subject, case):
 )  # fmt: skip
 def integer_networks_are_exact_at_the_ends_of_batches(subject, case):
     """The same for batches around multiples of usual sizes of smaller ones."""
-    yield from _same_at(subject, case, "batch", _around_seams(case, case.batch, 8))
+    sizes = _around_seams(case, case.batch, 8)
+    yield from _same_at(subject, case, "batch", sizes, case["passes"])
 
 
 def _around_seams(case, most, overlap):
@@ -150,10 +166,10 @@ def _around_seams(case, most, overlap):
     }
 
 
-def _same_at(subject, case, axis, sizes):
+def _same_at(subject, case, axis, sizes, passes):
     model = subject.model(case)
     blocks = subject.handles(model, case)
-    backward = case["passes"] == "backward"
+    backward = passes == "backward"
     bits = "weight_bits" if backward else "forward_bits"
     found = certify_prefixes(blocks, case, bits=bits, kinkless=backward)
     if found is None:
