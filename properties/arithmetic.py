@@ -127,7 +127,7 @@ def integer_gradients_are_exact_at_every_length(subject, case):
     ),
     needs=(*REFERENCE, DIRECT),
     work=2**21,
-    effort=0.7,
+    effort=0.5,
     inputs=1,
 )  # fmt: skip
 def integer_networks_are_exact_at_the_ends_of_chunks(subject, case):
@@ -156,13 +156,13 @@ def integer_networks_are_exact_at_the_ends_of_batches(subject, case):
 
 
 def _around_seams(case, most, overlap):
-    """Sizes up to ``most`` next to multiples of usual chunk sizes, and behind by the overlap."""
+    """For each usual chunk size a multiple and one more, and one more by up to an overlap."""
     rng = case.rng("seams")
     return {
-        min(most, size * int(rng.integers(1, most // size + 1)) + offset)
-        for size in (8, 16, 32, *SEAMS)
+        min(most, size * int(rng.integers(1, most // size + 1)) + more)
+        for size in SEAMS
         if size < most
-        for offset in (-1, 0, 1, int(rng.integers(1, overlap + 1)))
+        for more in (1, int(rng.integers(-1, overlap + 1)))
     }
 
 

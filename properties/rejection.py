@@ -131,7 +131,7 @@ WRONG_SHAPES = (
         shape=Choice(*WRONG_SHAPES), batch=Integers(0, 8), length=Integers(1, 64),
         dtype=Choice("float32", "float64"), layout=Choice("contiguous"),
     ),
-    needs=(CHECKED_INPUT,), inputs=32)  # fmt: skip
+    needs=(CHECKED_INPUT,), inputs=16)  # fmt: skip
 def wrong_rank_or_channels_raise(subject, case):
     """An input of the wrong rank or channel count raises; it never broadcasts.
 

@@ -13,7 +13,7 @@ EMPTY_BATCHES_ONLY_IN_EVAL = Constraint(
 FORWARD = INPUTS.narrow(EMPTY_BATCHES_ONLY_IN_EVAL)
 
 
-@statement(space=FORWARD, documented=True, inputs=64)
+@statement(space=FORWARD, documented=True, inputs=32)
 def shape_dtype_and_device_are_kept(subject, case):
     """The output has the promised shape and the input's dtype and device, whatever its layout.
 
@@ -33,7 +33,7 @@ def shape_dtype_and_device_are_kept(subject, case):
     yield equal(out.device.type, x.device.type, "output device")
 
 
-@statement(space=FORWARD, documented=True, effort=0.5, inputs=32)
+@statement(space=FORWARD, documented=True, effort=0.5, inputs=16)
 def output_is_finite(subject, case):
     """A standard normal input and the initial weights give finite values, in every dtype."""
     model = subject.model(case)
@@ -43,7 +43,7 @@ def output_is_finite(subject, case):
     yield holds(bad == 0, "elements that are NaN or infinite", "0", str(bad))
 
 
-@statement(space=FORWARD.narrow(batch=Integers(1, 130)), effort=0.5, inputs=32)
+@statement(space=FORWARD.narrow(batch=Integers(1, 130)), effort=0.5, inputs=16)
 def output_shares_no_memory_with_the_input(subject, case):
     """Writing into the output changes neither the input nor a later output."""
     model = subject.model(case, mode="eval")
@@ -60,7 +60,7 @@ def output_shares_no_memory_with_the_input(subject, case):
 @statement(
     space=FORWARD.narrow(batch=Integers(1, 130), length=Integers(1, 600), mode=Choice("eval")),
     effort=0.5,
-    inputs=32,
+    inputs=16,
 )
 def earlier_outputs_stay(subject, case):
     """A later call does not change the output of an earlier one."""

@@ -17,7 +17,7 @@ from rescnn_verify.subject import CONTEXTS, DTYPES, seed_everything
 SMALL = INPUTS.narrow(batch=Integers(1, 130), length=Integers(1, 1100))
 
 
-@statement(space=SMALL.narrow(context=Choice(*CONTEXTS)), effort=0.6, inputs=32)
+@statement(space=SMALL.narrow(context=Choice(*CONTEXTS)), effort=0.6, inputs=16)
 def input_is_unchanged(subject, case):
     """The input holds the same values after a call, under grad, no_grad and inference mode."""
     model = subject.model(case)
@@ -33,7 +33,7 @@ def input_is_unchanged(subject, case):
 
 
 @statement(
-    space=SMALL.narrow(device=Choice("cpu"), layout=Choice("contiguous")), effort=0.4, inputs=32
+    space=SMALL.narrow(device=Choice("cpu"), layout=Choice("contiguous")), effort=0.4, inputs=16
 )
 def input_is_not_kept(subject, case):
     """After a call nothing keeps the input's memory: no attribute, view, cache or graph.
