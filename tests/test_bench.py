@@ -535,6 +535,22 @@ def test_a_second_implementation_made_for_eval_mode_is_timed_there(tmp_path):
     assert "no second implementation in train mode" in done.stdout
 
 
+def test_a_second_implementation_that_cannot_be_made_fails_in_one_line(tmp_path):
+    (tmp_path / "other.py").write_text(
+        "from rescnn import ResCNNStack\n"
+        "class Other(ResCNNStack):\n"
+        "    def load_state_dict(self, *args, **kwargs):\n"
+        "        raise RuntimeError('another state_dict')\n"
+    )
+    done = bench(
+        tmp_path, "other.py:Other", "--against", "rescnn:ResCNNStack", "--space", "tiny.toml",
+        "-k", "1x4 and eval and not backward", "--max-time", "0.01",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no second implementation: RuntimeError: another state_dict" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
 OWN = """
 import pytest
 import torch
