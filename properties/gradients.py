@@ -328,12 +328,13 @@ def passes_under_way_keep_apart(subject, case):
         yield same_bits(leaf.grad, alone[i], f"gradient of pass {i}, against that pass alone")
 
 
-@statement(space=SMALL, effort=0.4)
+@statement(space=SMALL.narrow(autocast=Choice(False, True)), effort=0.5)
 def an_input_changed_meanwhile_is_noticed(subject, case):
     """An input changed between forward and backward gives an exception, or the gradients it had.
 
     A buffer that is filled again before the backward pass is an everyday mistake. Autograd notices
     it for tensors that it keeps itself. Another input's gradients would be silently wrong.
+    Autocast keeps copies, so that the gradients are then the ones there were.
     """
     x = normal_input(case)
 
@@ -341,7 +342,13 @@ def an_input_changed_meanwhile_is_noticed(subject, case):
         model = subject.model(case)
         randomise(model, case.rng("weights"))
         seed_torch(case.seed)
-        return model, subject(model, x)
+        if not case["autocast"]:
+            return model, subject(model, x)
+        try:
+            with torch.autocast(case.device, torch.bfloat16):
+                return model, subject.target.call(model, x)
+        except Exception as error:
+            raise NotApplicable(f"it does not support autocast: {describe(error)}") from error
 
     def gradients_of(model):
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -70,7 +70,7 @@ def a_call_within_a_call_leaves_it_alone(subject, case):
 
 @statement(
     space=EVAL.narrow(
-        history=Lists(Choice(*EVENTS), 1, 4), context=Choice("no_grad", "grad", "inference_mode")
+        history=Lists(Choice(*EVENTS), 1, 7), context=Choice("no_grad", "grad", "inference_mode")
     ),
     work=2**18,
     effort=0.6,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rescnn_verify.compare import attempt, equal, holds, refuses, same_bits
-from rescnn_verify.invalid import IMPOSSIBLE, UNUSUAL, spoilable, spoiled
+from rescnn_verify.invalid import IMPOSSIBLE, UNUSUAL, legal_equal, spoilable, spoiled
 from rescnn_verify.needs import CHECKED_INPUT, CONTRACT, DIRECT, NONFINITE, REFUSALS
 from rescnn_verify.probes import as_input, positions, randomise
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Lists, Space
@@ -36,12 +36,15 @@ def impossible_arguments_are_refused(subject, case):
     """What has no meaning is refused at construction, naming the argument and its value.
 
     That is: a non-positive or non-integer count or kernel (a bool is not an integer), no kernel, a
-    dropout outside [0, 1] or NaN. The error is one of the target's declared types.
+    dropout outside [0, 1] or NaN. The error is one of the target's declared types. That a model of
+    equal arguments that are legal was built before (``True == 1``) makes no difference.
     """
     how = case["invalid"]
     if not (_has_argument(subject.target, how) and spoilable(case.config, how)):
         return
     config, names, value = spoiled(_with_more_kernels(subject, case), case["invalid"], case.seed)
+    if subject.target.follows_contract and (legal := legal_equal(config)):
+        subject.build_with(legal)
     what = f"building {config.describe()}"
     error = refuses(lambda: subject.target.build(config), subject.target.errors, what)
     yield holds(error is not None, what, "a refusal", "a model")

@@ -127,7 +127,11 @@ def no_global_seed_is_reset(subject, case):
 
 @statement(space=SMALL.narrow(layout=Choice("contiguous"), device=Choice("cpu")), effort=0.3)
 def global_settings_stay(subject, case):
-    """Building and calling a model leaves torch's global settings as they were."""
+    """Building and calling a model leaves torch's global settings as they were.
+
+    So it does to how the processor treats subnormal numbers.
+    """
+    torch.set_flush_denormal(False)
     before = _settings()
     model = subject.set_mode(subject.build_with(case.config), case.mode)
     yield equal(_settings(), before, "torch's settings after building")
@@ -151,6 +155,7 @@ def _settings():
         "anomaly detection": torch.is_anomaly_enabled(),
         "default device": str(torch.get_default_device()),
         "matmul precision": torch.get_float32_matmul_precision(),
+        "subnormal numbers": float(torch.tensor(2.0**-1060, dtype=torch.float64) * 1) > 0,
         "NumPy errors": tuple(sorted(np.geterr().items())),
     }
 

@@ -17,6 +17,7 @@ from rescnn_verify.compare import (
     same_tensors,
     same_values,
 )
+from rescnn_verify.handles import fill
 from rescnn_verify.needs import BATCH_NORM, CONTRACT, DIRECT, HANDLES, POST_ACTIVATION, STACK
 from rescnn_verify.networks import certify
 from rescnn_verify.probes import LeftBehind, as_input, normal_input, randomise
@@ -118,9 +119,14 @@ def _through_state_dict(subject, model, case):
 
 
 def _through_assignment(subject, model, case):
-    other = subject.build(case)
+    # Assigned tensors bring their dtype; nothing says the dtype of a buffer that is not among them.
+    before = replace(case, dtype="float32" if case.seed % 2 else case.dtype)
+    passing = any(module._non_persistent_buffers_set for module in model.modules())
+    if passing or not subject.target.promises(before):
+        before = case
+    other = subject.build(before)
     with torch.no_grad():
-        subject(subject.set_mode(other, "eval"), normal_input(case))
+        subject(subject.set_mode(other, "eval"), normal_input(before))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     attempt("load_state_dict(assign=True)", lambda: other.load_state_dict(state, assign=True))
     return other
@@ -162,7 +168,8 @@ def _through_pickle(subject, model, case):
 
 @statement(
     space=EVAL.narrow(
-        way=Choice("state_dict", "assignment", "replacement", "torch.save", "deepcopy")
+        way=Choice("state_dict", "assignment", "replacement", "torch.save", "deepcopy"),
+        values=Choice("ordinary", "some zero or tiny"),
     ),
     effort=0.3,
 )
@@ -179,7 +186,7 @@ def copies_are_the_same_function(subject, case):
         "torch.save": _through_save,
         "deepcopy": _through_deepcopy,
     }
-    yield from _same_function(subject, case, ways[case["way"]])
+    yield from _same_function(subject, case, ways[case["way"]], case["values"])
 
 
 @statement(space=EVAL.narrow(length=Integers(1, 20)), effort=0.12)
@@ -214,7 +221,7 @@ def _training(model):
     return [name for name, module in model.named_modules() if module.training]
 
 
-def _same_function(subject, case, way):
+def _same_function(subject, case, way, values="ordinary"):
     model = subject.model(case)
     randomise(model, case.rng("weights"))
     x = normal_input(case)
@@ -223,6 +230,8 @@ def _same_function(subject, case, way):
     with torch.no_grad():
         subject(model, wide)
     subject.set_mode(model, "eval")
+    if values != "ordinary":
+        _thin_out(model, case.rng("values"))
     other = subject.set_mode(way(subject, model, case), "eval")
     yield same_tensors(other.state_dict(), model.state_dict(), "state_dict of the copy")
     outputs = []
@@ -241,6 +250,14 @@ def _same_function(subject, case, way):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     randomise(other, np.random.default_rng(case.seed))
     yield same_tensors(model.state_dict(), before, "original after changing the copy")
+
+
+def _thin_out(model, rng):
+    """Makes a quarter of all values zero and another one tiny, variances of dead channels too."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            factors = rng.choice([1.0, 1.0, 0.0, 2.0**-30], size=tuple(tensor.shape))
+            fill(tensor, tensor.detach().cpu().double().numpy() * factors)
 
 
 @statement(space=EVAL, needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT), effort=0.5)

@@ -75,6 +75,19 @@ def _called(mode: str, context: str) -> Event:
     return event
 
 
+def _autocast(
+    subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+) -> nn.Module:
+    other = replace(_other_shape(subject, case, rng), mode="train")
+    if not _can(subject, other):
+        return model
+    subject.set_mode(model, "train")
+    # What a target does not support leaves its mark, too.
+    with suppress(Exception), torch.autocast(case.device, torch.bfloat16):
+        subject.target.call(model, normal_input(other, "another input"))
+    return model
+
+
 def _differentiated(mode: str, *, step: bool) -> Event:
     def event(
         subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
@@ -242,6 +255,7 @@ EVENTS: dict[str, Event] = {
     "a recorded call": _called("eval", "grad"),
     "a call in inference mode": _called("eval", "inference_mode"),
     "a training call": _called("train", "no_grad"),
+    "a training call under autocast": _autocast,
     "a backward pass": _differentiated("eval", step=False),
     "a training step": _differentiated("train", step=True),
     "a refused call": _refused,

@@ -8,7 +8,7 @@ from typing import Any
 
 from rescnn_verify.case import Config
 
-__all__ = ["IMPOSSIBLE", "UNUSUAL", "spoilable", "spoiled"]
+__all__ = ["IMPOSSIBLE", "UNUSUAL", "legal_equal", "spoilable", "spoiled"]
 
 #: What has no meaning: the argument and the value it is given.
 IMPOSSIBLE: tuple[tuple[str, Any], ...] = (
@@ -68,6 +68,20 @@ def spoiled(
         kernels = [] if kind == "kernel_sizes" else _two(kernels, place, value)
         value = None
     return replace(config, kernel_sizes=tuple(kernels)), ("kernel",), value
+
+
+def legal_equal(config: Config) -> Config | None:
+    """The legal configuration that equals a spoiled one by ``==``, None if there is none.
+
+    Such as 8 channels for 8.0, or one block for True.
+    """
+    numbers = (config.channels, config.num_blocks, *config.kernel_sizes)
+    if not config.kernel_sizes or any(n != n // 1 or n < 1 for n in numbers):
+        return None
+    channels, num_blocks, *kernels = map(int, numbers)
+    if channels < len(kernels) or not 0 <= config.dropout <= 1:
+        return None
+    return replace(config, channels=channels, num_blocks=num_blocks, kernel_sizes=tuple(kernels))
 
 
 def _two(kernels: list[Any], place: int, values: tuple[int, int]) -> list[Any]:
