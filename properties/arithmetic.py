@@ -19,12 +19,11 @@ from rescnn_verify.probes import (
     PARTS,
     as_input,
     freeze_norms,
-    normal_input,
     part_of,
     randomise,
     zero_fusion,
 )
-from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Lists
+from rescnn_verify.space import INPUTS, LARGE, Choice, Constraint, Integers, Lists
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import CONTEXTS, kernel_sets, onednn
 
@@ -236,6 +235,36 @@ def integer_gradients_are_exact(subject, case):
 
 
 @statement(
+    space=LARGE.narrow(
+        mode=Choice("eval"), dtype=Choice("float32", "float64"), context=Choice(*CONTEXTS)
+    ),
+    needs=(*REFERENCE, DIRECT),
+    work=2**26,
+    effort=0.1,
+    inputs=1,
+)
+def large_integer_inputs_are_exact(subject, case):
+    """The same for inputs of up to two million values.
+
+    Implementations that save memory, or work in parallel, begin to do so somewhere.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    found = certify(blocks, case, bits="backward_bits", kinkless=True)
+    if found is None:
+        return
+    if case["context"] != "grad":
+        with onednn(False), CONTEXTS[case["context"]]():
+            out = subject(model, as_input(case, found.x))
+        yield same_values(out, found.expected.out, f"output under {case['context']}")
+        return
+    with onednn(False):
+        out, gradient = subject.vjp(model, as_input(case, found.x), as_input(case, found.v))
+    yield same_values(out, found.expected.out, "output with gradients on")
+    yield same_values(gradient, found.expected.input_gradient, "gradient at the input")
+
+
+@statement(
     space=EVAL.narrow(length=Integers(1, 300)),
     needs=(*REFERENCE, DIRECT),
     work=2**16,
@@ -407,6 +436,7 @@ def _learned(counted, blocks, network, expected, dtype):
         mode=Choice("train"), dtype=Choice("float32", "bfloat16", "float16"),
         channels=Integers(1, 3), num_blocks=Choice(1), kernel_sizes=Lists(Choice(3, 1, 5), 1, 2),
         dropout=Choice(0.0), batch=Choice(5, 130), length=Choice(9, 512), context=Choice(*CONTEXTS),
+        magnitude=Choice(1.0, 64.0),
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
@@ -416,14 +446,16 @@ def _learned(counted, blocks, network, expected, dtype):
 def training_on_many_values_is_within_the_bound(subject, case):
     """The same in the other dtypes, on batches of up to 66,560 values per channel.
 
-    So many are more than float16 can count, and more than bfloat16 can add up. Where the bound on
+    So many are more than float16 can count, and more than bfloat16 can add up, and of large values
+    float16 can hold no sum of squares. Where the bound on
     the output is lost, as it mostly is in bfloat16, the output is finite, and the norms behind the
     branches have learned what the reference has.
     """
     model = subject.model(case)
     blocks = subject.handles(model, case)
     randomise(model, case.rng("weights"))
-    network, x = read_network(blocks), normal_input(case)
+    network = read_network(blocks)
+    x = as_input(case, case.rng("input").standard_normal(case.shape) * case["magnitude"])
     yield from _learns_as_the_reference(subject, case, model, network, x, finite=True)
 
 

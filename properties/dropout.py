@@ -128,6 +128,33 @@ def rate_and_independence(subject, case):
         yield _independent(planes[a], planes[b], p, f"masks of {names[a]} and {names[b]}", a == b)
 
 
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("train"), batch=Choice(2), length=Choice(1), channels=Integers(64, 100),
+        num_blocks=Choice(1), kernel_sizes=Lists(Choice(1), 1, 1), dropout=Choice(0.5, 0.3),
+        dtype=Choice("float32", "float64"),
+    ),
+    needs=NEEDS,
+    evidence="statistical",
+    effort=0.05,
+    inputs=1,
+)  # fmt: skip
+def no_two_calls_draw_the_same_mask(subject, case):
+    """Of 700 calls on two samples no two drop the same channels.
+
+    Two masks of n channels are the same with probability (p² + (1 − p)²)^n, so that a correct model
+    fails with probability 1e-22. One that draws a seed of 16 bits for each mask shows it.
+    """
+    model = subject.model(case)
+    (block,) = subject.handles(model, case)
+    set_norm(block.fusion.norm, scale=0.0, shift=1.0)
+    x = as_input(case, np.zeros(case.shape))
+    seed_torch(case.seed)
+    with torch.no_grad():
+        masks = [(subject(model, x) > 0).cpu().numpy().tobytes() for _ in range(700)]
+    yield equal(len(set(masks)), len(masks), "different masks among those of 700 calls")
+
+
 def _binomial(successes, trials, probability, what):
     """The exact two-sided binomial test at level `ALPHA`, by the Chernoff–Hoeffding bound.
 

@@ -8,6 +8,7 @@ from rescnn_verify.bounds.roundoff import FORMATS, SIGNIFICAND_BITS, gamma
 from rescnn_verify.compare import (
     Falsified,
     at_most,
+    attempt,
     describe,
     equal,
     holds,
@@ -119,6 +120,47 @@ def gradients_are_linear(subject, case):
     second = _gradients(subject, case, factor)
     scaled = {name: gradient * factor for name, gradient in first.items()}
     yield same_tensors(second, scaled, f"gradients for {factor} times v")
+
+
+@statement(space=SMALL.narrow(wanted=Choice("all", "the input's", "the parameters'")), effort=0.5)
+def gradients_are_returned_as_they_are_accumulated(subject, case):
+    """`torch.autograd.grad` returns what a backward pass accumulates, and accumulates nothing."""
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    v = torch.from_numpy(case.rng("gradient").integers(-2, 3, subject.output_shape(case)))
+
+    def forward():
+        for parameter in parameters:
+            parameter.grad = None
+        subject.set_mode(model, case.mode)
+        seed_torch(case.seed)
+        leaf = normal_input(case).requires_grad_()
+        return leaf, subject(model, leaf)
+
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    leaf, out = forward()
+    subject.backward(out, v.to(out))
+    accumulated = {"the input": leaf.grad, **{n: p.grad for n, p in model.named_parameters()}}
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    leaf, out = forward()
+    # There is something to accumulate to.
+    for tensor in (leaf, *parameters):
+        tensor.grad = torch.ones_like(tensor)
+    wanted = {
+        "all": {"the input": leaf, **dict(zip(names, parameters, strict=True))},
+        "the input's": {"the input": leaf},
+        "the parameters'": dict(zip(names, parameters, strict=True)),
+    }[case["wanted"]]
+    found = attempt(
+        "torch.autograd.grad", lambda: torch.autograd.grad(out, tuple(wanted.values()), v.to(out))
+    )
+    returned = dict(zip(wanted, found, strict=True))
+    expected = {name: accumulated[name] for name in wanted}
+    yield same_tensors(returned, expected, "gradients returned, against those accumulated")
+    touched = [t for t in (leaf, *parameters) if not bool((t.grad == 1).all())]
+    yield equal(len(touched), 0, "gradients that torch.autograd.grad accumulated")
 
 
 @statement(space=SMALL.narrow(again=Choice("both passes", "backward alone")), effort=0.7)

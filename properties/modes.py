@@ -19,7 +19,7 @@ from rescnn_verify.histories import EDITS, EVENTS, WAYS, edit, live
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION, REENTRANT
 from rescnn_verify.networks import certify
 from rescnn_verify.probes import as_input, called_within, normal_input, randomise
-from rescnn_verify.space import INPUTS, Choice, Integers, Lists, Space
+from rescnn_verify.space import INPUTS, LARGE, Choice, Integers, Lists, Space
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import CONTEXTS, NotApplicable, seed_torch
 
@@ -160,6 +160,16 @@ def only_a_training_call_changes_the_state(subject, case):
 
     What a training call learns it learns once, also where backward runs the forward pass again.
     """
+    yield from _changes_no_other_state(subject, case)
+
+
+@statement(space=LARGE.narrow(context=Choice("grad")), work=2**26, effort=0.12, inputs=1)
+def only_a_large_training_call_changes_the_state(subject, case):
+    """The same for inputs of up to two million values, where implementations save memory."""
+    yield from _changes_no_other_state(subject, case)
+
+
+def _changes_no_other_state(subject, case):
     model = subject.model(case)
     randomise(model, case.rng("weights"))
     before = _state(model)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rescnn_verify.bounds.roundoff import FORMATS
-from rescnn_verify.compare import describe, within
+from rescnn_verify.compare import describe, same_tensors, within
 from rescnn_verify.handles import put
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.oracles.layers import read_network
@@ -139,6 +139,35 @@ def compile_is_the_same_function(subject, case):
             return subject.target.call(fast, x)
 
     yield from _same_function(subject, case, run, "torch.compile")
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("train"), batch=Integers(2, 5), length=Integers(1, 40),
+        num_blocks=Integers(1, 2), dtype=Choice("float32", "float64"),
+    ),
+    effort=0.02, slow=True,
+)  # fmt: skip
+def a_traced_training_call_learns_the_same(subject, case):
+    """What `torch.compile` traces of a training call gives the same output and learns the same.
+
+    To the bit, as the graph is run without an optimising backend.
+    """
+    found = []
+    for traced in (False, True):
+        model = subject.model(case)
+        randomise(model, case.rng("weights"))
+        x = normal_input(case)
+        seed_torch(case.seed)
+        if traced:
+            with _supported("torch.compile"), compiled(model, "eager") as fast:
+                out = subject.target.call(fast, x)
+        else:
+            with torch.no_grad():
+                out = subject(model, x)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        found.append({"the output": out.clone(), **state})
+    yield same_tensors(found[1], found[0], "after a traced training call, against a plain one")
 
 
 class _Called(nn.Module):

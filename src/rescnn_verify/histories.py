@@ -255,6 +255,7 @@ EVENTS: dict[str, Event] = {
     "a recorded call": _called("eval", "grad"),
     "a call in inference mode": _called("eval", "inference_mode"),
     "a training call": _called("train", "no_grad"),
+    "a training call in inference mode": _called("train", "inference_mode"),
     "a training call under autocast": _autocast,
     "a backward pass": _differentiated("eval", step=False),
     "a training step": _differentiated("train", step=True),

@@ -12,6 +12,7 @@ __all__ = [
     "ARCHITECTURES",
     "A_CHANNEL_PER_BRANCH",
     "INPUTS",
+    "LARGE",
     "Choice",
     "Constraint",
     "Factor",
@@ -250,3 +251,9 @@ INPUTS = Space(
     seed=Integers(0, 2**32 - 1),
     where=(MORE_THAN_ONE_VALUE_TO_TRAIN,),
 )
+
+#: Inputs of a hundred thousand values to two million, on few channels.
+LARGE = INPUTS.narrow(
+    batch=Integers(60, 260), length=Integers(1000, 4200), channels=Integers(1, 6),
+    num_blocks=Integers(1, 2),
+)  # fmt: skip

@@ -246,8 +246,11 @@ def tf32() -> Iterator[None]:
 
 
 @contextmanager
-def compiled(model: nn.Module) -> Iterator[nn.Module]:
+def compiled(model: nn.Module, backend: str = "inductor") -> Iterator[nn.Module]:
     """A model under `torch.compile`, in this process and without what was compiled before.
+
+    Args:
+        backend: of torch.compile; ``"eager"`` runs the graph as it was traced.
 
     Raises:
         NothingCompiledError: at the end, if there is no graph: dynamo then ran the model as it is.
@@ -258,7 +261,7 @@ def compiled(model: nn.Module) -> Iterator[nn.Module]:
     torch._dynamo.reset()
     counters.clear()
     with config.patch(compile_threads=1):
-        yield torch.compile(model)  # type: ignore[misc]
+        yield torch.compile(model, backend=backend)  # type: ignore[misc]
     if not counters["stats"]["unique_graphs"]:
         raise NothingCompiledError("torch.compile compiled no graph; nothing was compared")
 
