@@ -248,6 +248,25 @@ def large_integer_inputs_are_exact(subject, case):
 
     Implementations that save memory, or work in parallel, begin to do so somewhere.
     """
+    yield from _same_under(subject, case)
+
+
+@statement(
+    space=EVAL.narrow(
+        length=Integers(1, 24), dtype=Choice("float64"), context=Choice("grad", "no_grad")
+    ),
+    needs=(*REFERENCE, DIRECT),
+    documented=True,
+    work=2**22,
+    effort=0.05,
+    inputs=1,
+)
+def wide_integer_networks_are_exact(subject, case):
+    """The same for many channels, among them the documented 512."""
+    yield from _same_under(subject, case)
+
+
+def _same_under(subject, case):
     model = subject.model(case)
     blocks = subject.handles(model, case)
     found = certify(blocks, case, bits="backward_bits", kinkless=True)

@@ -70,10 +70,10 @@ def a_call_within_a_call_leaves_it_alone(subject, case):
 
 @statement(
     space=EVAL.narrow(
-        history=Lists(Choice(*EVENTS), 1, 7), context=Choice("no_grad", "grad", "inference_mode")
+        history=Lists(Choice(*EVENTS), 1, 12), context=Choice("no_grad", "grad", "inference_mode")
     ),
     work=2**18,
-    effort=0.6,
+    effort=0.9,
 )
 def only_the_state_counts(subject, case):
     """A model is a function of its state: whatever came before, it is as a new one with that state.

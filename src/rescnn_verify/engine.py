@@ -471,16 +471,28 @@ def _fingerprint(config: Config) -> int:
 
 
 def documented_case(target: Target, space: Space) -> Case:
-    """The documented configuration: 512 channels, kernels 3, 5 and 7, length 960."""
+    """The documented configuration: 512 channels, kernels 3, 5 and 7, length 960.
+
+    Where a space has no such input, the nearest length, and the first of other values.
+    """
     case = Case(
         channels=512,
         num_blocks=3 if target.kind == "stack" else 1,
         kernel_sizes=(3, 5, 7),
         dropout=0.1,
     )
-    if isinstance(device := space.get("device"), Choice):
-        case = replace(case, device=device.values[0])
-    return replace(case, length=960) if space.get("length") else case
+    for name in ("device", "dtype", "mode"):
+        factor = space.get(name)
+        if isinstance(factor, Choice) and getattr(case, name) not in factor.values:
+            case = replace(case, **{name: factor.values[0]})
+    if isinstance(length := space.get("length"), Integers):
+        case = replace(case, length=min(max(length.low, 960), length.high))
+    extra = [
+        (name, factor.values[0])
+        for name, factor in space.factors
+        if isinstance(factor, Choice) and not hasattr(case, name) and "." not in name
+    ]
+    return replace(case, extra=tuple(sorted(extra)))
 
 
 def _seed_for(prop: Property, seed: int) -> int:

@@ -288,6 +288,19 @@ class EpsilonIsAFloor(Stack):
             return affine(norm, x, norm.running_mean, norm.running_var.clamp(min=norm.eps).sqrt())
 
 
+@wrong(
+    "arithmetic",
+    "with more than 256 channels the fusion accumulates in float32",
+    trigger=lambda case: case.channels > 256,
+)
+class WideFusionInFloat32(Stack):
+    class Block(Block):
+        def convolve(self, conv, x):
+            if conv.kernel_size[0] > 1 or x.dtype is not torch.float64 or self.channels <= 256:
+                return conv(x)
+            return F.conv1d(x.float(), conv.weight.float(), conv.bias.float()).double()
+
+
 class MappedConvolution(torch.autograd.Function):
     """A convolution that `torch.vmap` runs with the mapped axis in the batch."""
 

@@ -262,3 +262,14 @@ class OneMaskForExpandedBatch(Stack):
             if not (self.training and self.alike):
                 return super().drop(y)
             return y * keep(y, (1, y.shape[1], 1), self.p)
+
+
+@wrong("dropout", "masks are drawn from one of a thousand seeds")
+class FewMasks(Stack):
+    class Block(Block):
+        def drop(self, y):
+            if not self.training or self.p in (0, 1) or not y.numel() or y.is_meta:
+                return super().drop(y)
+            generator = torch.Generator().manual_seed(int(torch.randint(1000, ())))
+            kept = torch.rand(*y.shape[:2], 1, generator=generator) >= self.p
+            return y * (kept.to(y.dtype) / (1 - self.p)).to(y.device)

@@ -407,3 +407,71 @@ class SecondDerivativesWithoutStatistics(Stack):
                 return norm(x)
             batch_norm(norm, x.detach())
             return StatisticsAreConstants.apply(x, norm.weight, norm.bias, norm.eps)
+
+
+class AddsToItsOwnWeight(Function):
+    """A 1×1 convolution whose backward pass adds to the weight's gradient by itself."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.conv1d(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        own = torch.einsum("bol,bil->oi", gradient, x)[:, :, None]
+        weight.grad = own if weight.grad is None else weight.grad + own
+        return torch.einsum("bol,oi->bil", gradient, weight[:, :, 0]), None
+
+
+@wrong("gradients", "the fusion's weight gets its gradient where backward runs, whoever wanted it")
+class AccumulatesByItself(Stack):
+    class Block(Block):
+        def convolve(self, conv, x):
+            weight = conv.weight
+            if conv is not self.fusion[0] or not (weight.requires_grad and weight.is_leaf):
+                return conv(x)
+            return AddsToItsOwnWeight.apply(x, weight) + conv.bias[:, None]
+
+
+@wrong(
+    "gradients",
+    "blocks are run again for backward where the input is large, and learn twice",
+    trigger=lambda case: case.mode == "train" and case.batch * case.channels * case.length >= 2**18,
+)
+class LearnsTwiceWhereLarge(Stack):
+    def forward(self, x):
+        if not (self.training and torch.is_grad_enabled() and x.numel() >= 2**18):
+            return super().forward(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+class MaskedSum(Function):
+    """relu(x + y) that recomputes its mask from what its arguments hold when backward runs."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.arguments = x, y
+        return torch.relu(x + y)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, y = ctx.arguments
+        gradient = gradient * (x + y > 0)
+        return gradient.to(x.dtype), gradient.to(y.dtype)
+
+
+@wrong("gradients", "the last mask is made from the input that there is when backward runs")
+class MaskOfALaterInput(Stack):
+    class Block(Block):
+        def add(self, y, x):
+            return y, x
+
+        def activate(self, pair):
+            y, x = pair
+            if y.dtype == x.dtype:
+                return torch.relu(y + x)
+            return MaskedSum.apply(x, y)

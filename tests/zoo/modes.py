@@ -408,3 +408,37 @@ class FoldsForgetStatistics(Stack):
                 self.folds[key] = scale, norm.bias - norm.running_mean * scale
             scale, shift = self.folds[key]
             return x * scale[:, None] + shift[:, None]
+
+
+@wrong("modes", "new running statistics take the place of the buffers")
+class ReplacesStatistics(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if not norm.training:
+                return norm(x)
+            mean, var = norm.running_mean.clone(), norm.running_var.clone()
+            y = F.batch_norm(x, mean, var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+            norm.running_mean, norm.running_var = mean, var
+            norm.num_batches_tracked = norm.num_batches_tracked + 1
+            return y
+
+
+class ChainedDropout(nn.Module):
+    """Channel dropout whose scale goes from the dtype of one call to that of the next."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p, self.scale = p, torch.tensor(1 / (1 - p) if p < 1 else 0.0, dtype=torch.float64)
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        self.scale = self.scale.to(x)
+        return x * (x.new_empty(*x.shape[:2], 1).bernoulli_(1 - self.p) * self.scale)
+
+
+@wrong("modes", "a training call in another dtype leaves dropout's scale rounded")
+class RoundsItsScale(Stack):
+    class Block(Block):
+        def make_dropout(self):
+            return ChainedDropout(self.p)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -267,3 +268,17 @@ class GivesSixKernels(Stack):
             except (TypeError, ValueError) as error:
                 shortened = ", ".join(context.split(", ")[:6])
                 raise type(error)(f"a kernel is not odd and positive in {shortened}") from None
+
+
+@wrong("rejection", "what was accepted once is not checked again, and True == 1")
+class ChecksOnce(Stack):
+    class Block(Block):
+        accepted: ClassVar[set] = set()
+
+        @classmethod
+        def validate(cls, channels, kernel_sizes, dropout):
+            asked = channels, tuple(kernel_sizes), dropout
+            if asked not in cls.accepted:
+                super().validate(*asked)
+                cls.accepted.add(asked)
+            return int(channels), tuple(map(int, asked[1])), float(dropout)

@@ -106,3 +106,10 @@ class SeedsInForward(Stack):
         if self.training:
             torch.manual_seed(0)
         return super().forward(x)
+
+
+@wrong("side_effects", "subnormal numbers are flushed to zero from then on, for speed")
+class FlushesSubnormals(Stack):
+    def build(self):
+        super().build()
+        torch.set_flush_denormal(True)

@@ -212,3 +212,26 @@ def _rebuild(cls, arguments, state, training):
     model = cls(*arguments)
     model.to(next(iter(state.values())).dtype).load_state_dict(state)
     return model.train(training)
+
+
+@wrong("state", "loading raises variances below eps to eps")
+class LoadsNoSmallVariance(Stack):
+    class Block(Block):
+        class Norm(nn.BatchNorm1d):
+            def _load_from_state_dict(self, *args, **kwargs):
+                super()._load_from_state_dict(*args, **kwargs)
+                with torch.no_grad():
+                    self.running_var.clamp_(min=self.eps)
+
+        def make_norm(self, width):
+            return self.Norm(width)
+
+
+@wrong("state", "what is loaded takes the dtype that was there, also where it is assigned")
+class LoadsInItsOwnDtype(Stack):
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        own = next(self.parameters()).dtype
+        for name, value in state_dict.items():
+            if value.is_floating_point():
+                state_dict[name] = value.to(own)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
