@@ -30,7 +30,7 @@ from rescnn_verify.subject import CONTEXTS, kernel_sets, onednn
 REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM)
 EVAL = INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 130))
 PASSES = ("forward", "backward")
-WIDE = Constraint(
+BACKWARD_IN_WIDE_DTYPES = Constraint(
     "a backward pass in float32 or float64",
     lambda c: c["passes"] == "forward" or c.dtype in ("float32", "float64"),
 )
@@ -121,8 +121,8 @@ def integer_gradients_are_exact_at_every_length(subject, case):
 
 @statement(
     space=EVAL.narrow(
-        WIDE, length=Integers(300, 4200), batch=Choice(1), channels=Integers(1, 6),
-        num_blocks=Integers(1, 3), passes=Choice(*PASSES),
+        BACKWARD_IN_WIDE_DTYPES, length=Integers(300, 4200), batch=Choice(1),
+        channels=Integers(1, 6), num_blocks=Integers(1, 3), passes=Choice(*PASSES),
     ),
     needs=(*REFERENCE, DIRECT),
     work=2**21,
@@ -139,9 +139,10 @@ def integer_networks_are_exact_at_the_ends_of_chunks(subject, case):
 
 
 @statement(
-    space=EVAL.narrow(
-        WIDE, batch=Integers(100, 1100), length=Integers(1, 9), channels=Integers(1, 6),
-        num_blocks=Integers(1, 3), passes=Choice(*PASSES),
+    space=INPUTS.narrow(
+        BACKWARD_IN_WIDE_DTYPES, mode=Choice("eval"), batch=Integers(100, 260),
+        length=Integers(1, 9), channels=Integers(1, 6), num_blocks=Integers(1, 3),
+        passes=Choice(*PASSES),
     ),
     needs=(*REFERENCE, DIRECT),
     work=2**21,
@@ -155,7 +156,7 @@ def integer_networks_are_exact_at_the_ends_of_batches(subject, case):
 
 
 def _around_seams(case, most, overlap):
-    """For each usual chunk size a multiple and one more, and one more by up to an overlap."""
+    """For each usual chunk size two sizes: a multiple + 1, and one + d for −1 ≤ d ≤ overlap."""
     rng = case.rng("seams")
     return {
         min(most, size * int(rng.integers(1, most // size + 1)) + more)
@@ -244,7 +245,7 @@ def integer_gradients_are_exact(subject, case):
     inputs=1,
 )
 def large_integer_inputs_are_exact(subject, case):
-    """The same for inputs of up to two million values.
+    """The same for inputs of a hundred thousand values and more.
 
     Implementations that save memory, or work in parallel, begin to do so somewhere.
     """
@@ -253,7 +254,10 @@ def large_integer_inputs_are_exact(subject, case):
 
 @statement(
     space=EVAL.narrow(
-        length=Integers(1, 24), dtype=Choice("float64"), context=Choice("grad", "no_grad")
+        channels=Integers(64, 128),
+        length=Integers(1, 24),
+        dtype=Choice("float64"),
+        context=Choice("grad", "no_grad"),
     ),
     needs=(*REFERENCE, DIRECT),
     documented=True,

@@ -142,8 +142,9 @@ def rate_and_independence(subject, case):
 def no_two_calls_draw_the_same_mask(subject, case):
     """Of 700 calls on two samples no two drop the same channels.
 
-    Two masks of n channels are the same with probability (p² + (1 − p)²)^n, so that a correct model
-    fails with probability 1e-22. One that draws a seed of 16 bits for each mask shows it.
+    Two masks of n ≥ 128 channels, those of both samples, are the same with probability
+    (p² + (1 − p)²)^n, so that a correct model fails with probability below 2e-25. One that draws a
+    seed of 16 bits for each call shows it in 97 of 100 cases.
     """
     model = subject.model(case)
     (block,) = subject.handles(model, case)

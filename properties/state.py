@@ -18,6 +18,7 @@ from rescnn_verify.compare import (
     same_values,
 )
 from rescnn_verify.handles import fill
+from rescnn_verify.histories import kept_tensors
 from rescnn_verify.needs import BATCH_NORM, CONTRACT, DIRECT, HANDLES, POST_ACTIVATION, STACK
 from rescnn_verify.networks import certify
 from rescnn_verify.probes import LeftBehind, as_input, normal_input, randomise
@@ -254,10 +255,9 @@ def _same_function(subject, case, way, values="ordinary"):
 
 def _thin_out(model, rng):
     """Makes a quarter of all values zero and another one tiny, variances of dead channels too."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            factors = rng.choice([1.0, 1.0, 0.0, 2.0**-30], size=tuple(tensor.shape))
-            fill(tensor, tensor.detach().cpu().double().numpy() * factors)
+    for _, _, tensor in kept_tensors(model):
+        factors = rng.choice([1.0, 1.0, 0.0, 2.0**-30], size=tuple(tensor.shape))
+        fill(tensor, tensor.detach().cpu().double().numpy() * factors)
 
 
 @statement(space=EVAL, needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT), effort=0.5)

@@ -14,7 +14,7 @@ from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.oracles.layers import read_network
 from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import normal_input, randomise, set_norm
-from rescnn_verify.space import INPUTS, Choice, Integers
+from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import NotApplicable, NothingCompiledError, compiled, seed_torch
 
@@ -23,10 +23,18 @@ EVAL = INPUTS.narrow(
     mode=Choice("eval"), batch=Integers(1, 5), length=Integers(1, 100),
     dtype=Choice("float32", "float64"),
 )  # fmt: skip
+# A tensor that a model keeps from one vmap to another does not fit two groups or more.
+GROUPS = Constraint(
+    "two or more groups of so many rows",
+    lambda c: c.batch % c["rows"] == 0 and c.batch > c["rows"],
+)
 
 
 @statement(
-    space=EVAL.narrow(batch=Integers(2, 6), axis=Integers(0, 3), rows=Choice(1, 2, 3)),
+    space=INPUTS.narrow(
+        GROUPS, mode=Choice("eval"), batch=Integers(2, 6), length=Integers(1, 100),
+        dtype=Choice("float32", "float64"), axis=Integers(0, 3), rows=Choice(1, 2, 3),
+    ),
     needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4,
 )  # fmt: skip
 def vmap_over_inputs_is_the_same_function(subject, case):
@@ -35,12 +43,9 @@ def vmap_over_inputs_is_the_same_function(subject, case):
     Whichever axis is mapped. It is what per-sample gradients are made with. (In train mode a batch
     norm's update in place cannot be mapped.)
     """
-    # At least two groups: a tensor that a model keeps from one vmap to another then does not fit.
-    fits = case.batch % case["rows"] == 0 and case.batch > case["rows"]
-    rows = case["rows"] if fits else 1
 
     def mapped(model, x):
-        groups = x.unflatten(0, (-1, rows)).movedim(0, case["axis"])
+        groups = x.unflatten(0, (-1, case["rows"])).movedim(0, case["axis"])
         run = torch.vmap(lambda part: subject.target.call(model, part), case["axis"], case["axis"])
         return run(groups).movedim(case["axis"], 0).flatten(0, 1)
 

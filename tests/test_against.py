@@ -11,7 +11,7 @@ from rescnn_verify.statement import find_property
 from rescnn_verify.target import TargetError, load
 
 FAST = Path(__file__).resolve().parents[1] / "examples" / "fast.py"
-PROFILE = replace(PROFILES["quick"], shrinking=0.0)
+PROFILE = replace(PROFILES["quick"], sampled=16, shrinking=0.0)
 OUTPUTS = "against.outputs_agree_within_both_bounds"
 GRADIENTS = "against.gradients_agree_within_both_bounds"
 TRAINING = "against.training_agrees_within_both_bounds"

@@ -31,7 +31,8 @@ def test_an_event_leaves_a_model_that_can_be_called(event, context):
 
 # What a call does to the state, and what is no event at all for another implementation.
 CHANGES = {
-    "a training call", "a training step", "an edit", "an edit through .data",
+    "a training call", "a training call in inference mode", "a training call under autocast",
+    "a training step", "an edit", "an edit through .data",
     "an edit of one parameter", "an edit of the statistics", "load_state_dict",
     "load_state_dict with assign", "a deep copy",
 }  # fmt: skip

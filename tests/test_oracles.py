@@ -149,6 +149,14 @@ def test_a_network_certified_for_every_prefix_needs_no_more_bits_for_any(dtype, 
     assert large >= 1
 
 
+def test_the_documented_configuration_is_certified():
+    case = Case(
+        channels=512, num_blocks=3, kernel_sizes=(3, 5, 7), length=24, dtype="float64", seed=0
+    )
+    _, blocks = stack(case)
+    assert certify(blocks, case, bits="backward_bits", kinkless=True) is not None
+
+
 def test_the_network_is_the_one_in_the_model():
     case = Case(channels=5, kernel_sizes=(3, 5), num_blocks=2, dtype="float64")
     _, blocks = stack(case)

@@ -21,7 +21,7 @@ from rescnn_verify.compare import attempt
 from rescnn_verify.probes import normal_input, randomise
 from rescnn_verify.subject import CONTEXTS, DTYPES, Subject
 
-__all__ = ["EDITS", "EVENTS", "WAYS", "edit", "live"]
+__all__ = ["EDITS", "EVENTS", "WAYS", "edit", "kept_tensors", "live"]
 
 Event = Callable[[Subject, nn.Module, Case, np.random.Generator], nn.Module]
 
@@ -70,9 +70,21 @@ def _called(mode: str, context: str) -> Event:
             subject.set_mode(model, mode)
             with CONTEXTS[context]():
                 subject(model, normal_input(other, "another input"))
+            _leave_inference_mode(model)
         return model
 
     return event
+
+
+def _leave_inference_mode(model: nn.Module) -> None:
+    """Puts usual tensors in place of buffers that a call in inference mode has assigned.
+
+    Whether statistics are assigned or changed in place is left to an implementation.
+    """
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                module._buffers[name] = buffer.clone()
 
 
 def _autocast(
@@ -178,6 +190,18 @@ EDITS: dict[str, Callable[[Tensor], Tensor]] = {
 WAYS = ("in place", "through .data", "as new .data", "as a new tensor")
 
 
+def kept_tensors(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Module, name and tensor of every floating-point parameter and buffer of the state_dict."""
+    return [
+        (module, name, tensor)
+        for module in model.modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+        and tensor.is_floating_point()
+        and name not in module._non_persistent_buffers_set
+    ]
+
+
 def edit(model: nn.Module, how: str, way: str, rng: np.random.Generator, *, every: bool) -> None:
     """Edits parameters and floating-point buffers.
 
@@ -187,17 +211,10 @@ def edit(model: nn.Module, how: str, way: str, rng: np.random.Generator, *, ever
         rng: chooses one of them.
         every: all of them are edited, not one.
     """
-    places = [
-        (module, name, tensor)
-        for module in model.modules()
-        for name, tensor in (
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-        )
-        if tensor.is_floating_point() and tensor.dim()
-    ]
-    chosen = places if every or not places else [places[rng.integers(len(places))]]
-    for module, name, tensor in chosen:
+    places = [place for place in kept_tensors(model) if place[2].dim()]
+    tensors = list({id(tensor): tensor for _, _, tensor in places}.values())  # some may be tied
+    chosen = tensors if every or not tensors else [tensors[rng.integers(len(tensors))]]
+    for tensor in chosen:
         with torch.no_grad():
             new = EDITS[how](tensor.detach())
             if way == "in place":
@@ -206,10 +223,12 @@ def edit(model: nn.Module, how: str, way: str, rng: np.random.Generator, *, ever
                 tensor.data.copy_(new)
             elif way == "as new .data":
                 tensor.data = new
-            elif isinstance(tensor, nn.Parameter):
-                setattr(module, name, nn.Parameter(new, tensor.requires_grad))
             else:
-                setattr(module, name, new)
+                if isinstance(tensor, nn.Parameter):
+                    new = nn.Parameter(new, tensor.requires_grad)
+                for module, name, own in places:
+                    if own is tensor:
+                        setattr(module, name, new)
 
 
 def _one_parameter_edited(
@@ -225,9 +244,9 @@ def _statistics_edited(
     subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
 ) -> nn.Module:
     with torch.no_grad():
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.mul_(1.5)
+        for module, name, tensor in kept_tensors(model):
+            if name in module._buffers:
+                tensor.mul_(1.5)
     return model
 
 

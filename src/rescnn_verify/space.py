@@ -252,7 +252,7 @@ INPUTS = Space(
     where=(MORE_THAN_ONE_VALUE_TO_TRAIN,),
 )
 
-#: Inputs of a hundred thousand values to two million, on few channels.
+#: Inputs of 60,000 values and more, on few channels.
 LARGE = INPUTS.narrow(
     batch=Integers(60, 260), length=Integers(1000, 4200), channels=Integers(1, 6),
     num_blocks=Integers(1, 2),

@@ -27,6 +27,7 @@ __all__ = [
     "Subject",
     "compiled",
     "environment",
+    "flushes_subnormals",
     "has_onednn",
     "kernel_sets",
     "onednn",
@@ -270,6 +271,8 @@ def compiled(model: nn.Module, backend: str = "inductor") -> Iterator[nn.Module]
 def environment() -> Iterator[None]:
     """One thread, own random states, and the settings under which the statements hold; restored.
 
+    Subnormal numbers are kept, whatever a target has set before.
+
     NNPACK (float32, oneDNN off, large batches) and TF32 or reduced-precision sums are other
     algorithms than direct convolution in the dtype's own precision, so they are off.
     """
@@ -289,6 +292,8 @@ def environment() -> Iterator[None]:
             matmul.allow_fp16_reduced_precision_reduction,
             matmul.allow_bf16_reduced_precision_reduction,
         )
+        flushed = flushes_subnormals()
+        torch.set_flush_denormal(False)
         matmul.allow_tf32 = False
         matmul.allow_fp16_reduced_precision_reduction = False
         matmul.allow_bf16_reduced_precision_reduction = False
@@ -296,11 +301,17 @@ def environment() -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
+            torch.set_flush_denormal(flushed)
             matmul.allow_tf32 = before[0]
             matmul.allow_fp16_reduced_precision_reduction = before[1]
             matmul.allow_bf16_reduced_precision_reduction = before[2]
             np.random.set_state(numpy_state)
             random.setstate(python_state)
+
+
+def flushes_subnormals() -> bool:
+    """Whether the processor takes subnormal numbers for zero, for which torch has no getter."""
+    return float(torch.tensor(2.0**-1060, dtype=torch.float64, device="cpu") * 1) == 0
 
 
 def _cuda_devices() -> list[int]:

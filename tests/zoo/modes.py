@@ -410,19 +410,6 @@ class FoldsForgetStatistics(Stack):
             return x * scale[:, None] + shift[:, None]
 
 
-@wrong("modes", "new running statistics take the place of the buffers")
-class ReplacesStatistics(Stack):
-    class Block(Block):
-        def normalise(self, norm, x):
-            if not norm.training:
-                return norm(x)
-            mean, var = norm.running_mean.clone(), norm.running_var.clone()
-            y = F.batch_norm(x, mean, var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
-            norm.running_mean, norm.running_var = mean, var
-            norm.num_batches_tracked = norm.num_batches_tracked + 1
-            return y
-
-
 class ChainedDropout(nn.Module):
     """Channel dropout whose scale goes from the dtype of one call to that of the next."""
 
