@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -85,12 +86,14 @@ def test_state_dict_has_the_documented_keys(stack):
         ({"kernel_sizes": (3, 4)}, "4"),
         ({"kernel_sizes": ()}, "kernel_sizes=[]"),
         ({"kernel_sizes": 3}, "kernel_sizes=3"),
+        ({"kernel_sizes": np.array(3)}, "kernel_sizes=array(3)"),
         ({"num_blocks": 0}, "num_blocks=0"),
         ({"dropout": float("nan")}, "dropout=nan"),
         ({"dropout": 1.5}, "dropout=1.5"),
         ({"dropout": "0.1"}, "dropout='0.1' must be a number, not str"),
         ({"channels": "8"}, "channels='8' must be an integer, not str"),
         ({"kernel_sizes": (3, 5.0)}, "kernel_sizes=[3, 5.0]: 5.0 is not an integer"),
+        ({"dropout": 10**400}, "dropout=1000"),
         ({"kernel_sizes": (3, True)}, "kernel_sizes=[3, True]: True is not an integer"),
     ],
 )

@@ -134,9 +134,11 @@ def _positive_integer(name: str, value: object) -> int:
 
 
 def _odd_kernels(kernel_sizes: Iterable[int]) -> tuple[int, ...]:
-    if not isinstance(kernel_sizes, Iterable):
-        raise TypeError(f"kernel_sizes={kernel_sizes!r} must be a sequence of odd integers")
-    kernels = tuple(kernel_sizes)
+    try:
+        kernels = tuple(kernel_sizes)
+    except TypeError:  # an array without a dimension claims to be iterable
+        message = f"kernel_sizes={kernel_sizes!r} must be a sequence of odd integers"
+        raise TypeError(message) from None
     if not kernels:
         raise ValueError(f"kernel_sizes={list(kernels)} must name at least one kernel")
     for kernel in kernels:
