@@ -126,7 +126,7 @@ def integer_gradients_are_exact_at_every_length(subject, case):
     ),
     needs=(*REFERENCE, DIRECT),
     work=2**21,
-    effort=0.5,
+    effort=0.4,
     inputs=1,
 )  # fmt: skip
 def integer_networks_are_exact_at_the_ends_of_chunks(subject, case):
@@ -241,7 +241,7 @@ def integer_gradients_are_exact(subject, case):
     ),
     needs=(*REFERENCE, DIRECT),
     work=2**26,
-    effort=0.1,
+    effort=0.07,
     inputs=1,
 )
 def large_integer_inputs_are_exact(subject, case):

@@ -73,7 +73,7 @@ def a_call_within_a_call_leaves_it_alone(subject, case):
         history=Lists(Choice(*EVENTS), 1, 12), context=Choice("no_grad", "grad", "inference_mode")
     ),
     work=2**18,
-    effort=0.9,
+    effort=0.8,
 )
 def only_the_state_counts(subject, case):
     """A model is a function of its state: whatever came before, it is as a new one with that state.
@@ -102,7 +102,7 @@ def only_the_state_counts(subject, case):
         length=Integers(1, 64), context=Choice("no_grad", "grad", "inference_mode"),
     ),
     inputs=8,
-    effort=0.6,
+    effort=0.4,
 )  # fmt: skip
 def an_edit_is_seen(subject, case):
     """After an edit of its parameters and buffers a model called before is as a new one with them.
@@ -166,7 +166,7 @@ def only_a_training_call_changes_the_state(subject, case):
 @statement(
     space=LARGE.narrow(mode=Choice("train"), context=Choice("grad")),
     work=2**26,
-    effort=0.12,
+    effort=0.08,
     inputs=1,
 )
 def only_a_large_training_call_changes_the_state(subject, case):

@@ -13,7 +13,7 @@ EMPTY_BATCHES_ONLY_IN_EVAL = Constraint(
 FORWARD = INPUTS.narrow(EMPTY_BATCHES_ONLY_IN_EVAL)
 
 
-@statement(space=FORWARD, documented=True, inputs=32)
+@statement(space=FORWARD, documented=True, inputs=16)
 def shape_dtype_and_device_are_kept(subject, case):
     """The output has the promised shape and the input's dtype and device, whatever its layout.
 
