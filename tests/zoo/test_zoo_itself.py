@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from rescnn_verify.subject import environment
+
 from . import RIGHT, WRONG
 from .base import Block, Stack
 
@@ -23,12 +25,12 @@ KERNELS = [(3,), (5, 1), (3, 3, 7)]
 right = pytest.mark.parametrize("entry", RIGHT, ids=lambda entry: entry.cls.__name__)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True)
+def alone():
+    """What a wrong one seeds or sets for the whole process ends with its test."""
+    with environment():
+        torch.manual_seed(0)
+        yield
 
 
 def make(cls, channels=7, num_blocks=2, kernel_sizes=(3, 5), dropout=0.25):
