@@ -119,9 +119,12 @@ def _through_state_dict(subject, model, case):
     return other
 
 
-def _through_assignment(subject, model, case):
-    # Assigned tensors bring their dtype; nothing says the dtype of a buffer that is not among them.
-    before = replace(case, dtype="float32" if case.seed % 2 else case.dtype)
+def _through_assignment(subject, model, case, dtype=None):
+    """Assigned to a model of that dtype, else of the same: assigned tensors bring theirs.
+
+    Nothing says the dtype of a buffer that is not among them.
+    """
+    before = replace(case, dtype=dtype or case.dtype)
     passing = any(module._non_persistent_buffers_set for module in model.modules())
     if passing or not subject.target.promises(before):
         before = case
@@ -131,6 +134,10 @@ def _through_assignment(subject, model, case):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     attempt("load_state_dict(assign=True)", lambda: other.load_state_dict(state, assign=True))
     return other
+
+
+def _through_assignment_to_float32(subject, model, case):
+    return _through_assignment(subject, model, case, "float32")
 
 
 def _through_replacement(subject, model, case):
@@ -169,11 +176,14 @@ def _through_pickle(subject, model, case):
 
 @statement(
     space=EVAL.narrow(
-        way=Choice("state_dict", "assignment", "replacement", "torch.save", "deepcopy"),
+        way=Choice(
+            "state_dict", "assignment", "assignment to float32", "replacement", "torch.save",
+            "deepcopy",
+        ),
         values=Choice("ordinary", "some zero or tiny"),
     ),
     effort=0.3,
-)
+)  # fmt: skip
 def copies_are_the_same_function(subject, case):
     """Loaded, assigned, replaced, saved or copied tensors give the same function.
 
@@ -183,6 +193,7 @@ def copies_are_the_same_function(subject, case):
     ways = {
         "state_dict": _through_state_dict,
         "assignment": _through_assignment,
+        "assignment to float32": _through_assignment_to_float32,
         "replacement": _through_replacement,
         "torch.save": _through_save,
         "deepcopy": _through_deepcopy,

@@ -42,8 +42,8 @@ def run(name: str, seed: int, profile: str, full: bool) -> tuple[str, int, list[
     entries = {entry.cls.__name__: entry for entry in (*WRONG, *RIGHT)}
     entry = entries[name]
     target = contract_target(entry.cls, name)
-    likely = (getattr(entry, "family", ""), "arithmetic")
-    properties = sorted(all_properties(), key=lambda p: p.family not in likely)
+    likely = [getattr(entry, "family", ""), "arithmetic"]
+    properties = sorted(all_properties(), key=lambda p: [*likely, p.family].index(p.family))
     stop = entry in WRONG and not full
     outcomes: list[Outcome] = []
     for level in ("quick", profile) if stop and profile != "quick" else (profile,):

@@ -19,7 +19,7 @@ from rescnn_verify.compare import NotApplicable, within
 from rescnn_verify.handles import BlockHandles, ConvNorm, contract_handles
 from rescnn_verify.networks import certify, certify_prefixes, make_real, values_of
 from rescnn_verify.oracles import real as reals
-from rescnn_verify.oracles.integer import exact_pass
+from rescnn_verify.oracles.integer import exact_pass, outputs_of_prefixes
 from rescnn_verify.oracles.layers import Block, Layer, UnsupportedLayerError, read_network
 from rescnn_verify.oracles.real import Bounded, real_pass
 from rescnn_verify.probes import as_input
@@ -147,6 +147,24 @@ def test_a_network_certified_for_every_prefix_needs_no_more_bits_for_any(dtype, 
             assert not (backward and part.kink)
     assert certified >= (1 if backward and dtype == "bfloat16" else 5)
     assert large >= 1
+
+
+@pytest.mark.parametrize("kernels", [(1,), (3, 1), (5, 9)])
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_outputs_of_prefixes_are_those_of_one_prefix_after_the_other(kernels, num_blocks):
+    case = Case(
+        channels=3, num_blocks=num_blocks, kernel_sizes=kernels, batch=2, length=40,
+        dtype="float64",
+    )  # fmt: skip
+    _, blocks = stack(case)
+    found = certify(blocks, case, bits="forward_bits")
+    assert found.expected.out.any()
+    lengths = [40, 7, 1, 39, 2, 23]
+    outputs = outputs_of_prefixes(found.network, found.x, found.expected.out, lengths)
+    assert list(outputs) == lengths
+    for length, out in outputs.items():
+        alone = exact_pass(found.network, found.x[:, :, :length], None)
+        np.testing.assert_array_equal(out, alone.out)
 
 
 def test_the_documented_configuration_is_certified():

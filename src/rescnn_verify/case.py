@@ -5,6 +5,7 @@ Data are never part of a case; they are derived from its seed by `Case.rng`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -101,7 +102,7 @@ class Case(Config):
         """The value of a factor named by the property: ``case["magnitude"]``."""
         return dict(self.extra)[name]
 
-    @property
+    @functools.cached_property
     def config(self) -> Config:
         return Config(**{f.name: getattr(self, f.name) for f in fields(Config)})
 

@@ -6,6 +6,7 @@ so both reach the same corners. Every alternative lists the simplest first.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -243,7 +244,7 @@ def layers(config: Config) -> int:
 
 def _integer(draw: Draw, low: int, high: int, *, small: int, corners: Sequence[int] = ()) -> int:
     """Equally often a small one, a corner, and any."""
-    within = sorted({c for c in corners if low <= c <= high})
+    within = _within(tuple(corners), low, high)
     kind = draw.integer(0, 2)
     # Drawn whatever the kind, and the corner drawn as an integer once more: Hypothesis can then
     # turn one kind into another and keep the value.
@@ -252,6 +253,11 @@ def _integer(draw: Draw, low: int, high: int, *, small: int, corners: Sequence[i
         corner = within[min(index, len(within) - 1)]
         return draw.integer(corner, corner)
     return draw.integer(low, high if kind else min(high, low + small))
+
+
+@functools.lru_cache(maxsize=4096)
+def _within(corners: tuple[int, ...], low: int, high: int) -> list[int]:
+    return sorted({c for c in corners if low <= c <= high})
 
 
 def _least(factor: Factor | None) -> int:

@@ -77,7 +77,7 @@ def as_input(case: Case, values: np.ndarray) -> Tensor:
 def normal_input(case: Case, purpose: str = "input") -> Tensor:
     """Standard normal values without exact zeros."""
     values = case.rng(purpose).standard_normal(case.shape)
-    return as_input(case, np.where(values == 0, 1.0, values))
+    return as_input(case, values if values.all() else np.where(values == 0, 1.0, values))
 
 
 def positions(case: Case, purpose: str = "positions", count: int = 4) -> list[int]:

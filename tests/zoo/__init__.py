@@ -18,6 +18,7 @@ from . import (
     split,
     state,
     structure,
+    transforms,
 )
 from .registry import Fault, Right, collect
 
@@ -36,6 +37,7 @@ WRONG: tuple[Fault, ...] = collect(
         modes,
         dropout,
         state,
+        transforms,
     )
 )
 RIGHT: tuple[Right, ...] = collect((right,))

@@ -145,16 +145,6 @@ class FlippedTaps(Stack):
             return F.conv1d(x, conv.weight.flip(2), conv.bias, padding=conv.padding)
 
 
-@wrong("arithmetic", "the edge value is repeated as padding")
-class ReplicatePadding(Stack):
-    class Block(Block):
-        def make_conv(self, width, kernel):
-            padding = self.padding(kernel)
-            return nn.Conv1d(
-                self.channels, width, kernel, padding=padding, padding_mode="replicate"
-            )
-
-
 @wrong("arithmetic", "reflection as padding wherever the input is long enough")
 class ReflectPadding(Stack):
     class Block(Block):
@@ -217,13 +207,6 @@ class FlushesSmall(Stack):
             return F.threshold(y, 1e-3, 0.0)
 
 
-@wrong("arithmetic", "the ReLU selects by comparison and so turns NaN into zero")
-class ReluSwallowsNan(Stack):
-    class Block(Block):
-        def activate(self, y):
-            return torch.where(y > 0, y, torch.zeros_like(y))
-
-
 @wrong("arithmetic", "outputs are quantised to multiples of 2**-8 in eval mode")
 class Quantised(Stack):
     class Block(Block):
@@ -266,15 +249,6 @@ class BlockBranchesAveraged(Block):
         return super().join(outputs) / len(outputs)
 
 
-@wrong("arithmetic", "under autocast the fusion skips its norm")
-class SkipsNormUnderAutocast(Stack):
-    class Block(Block):
-        def fuse(self, y):
-            if not torch.is_autocast_enabled("cpu"):
-                return super().fuse(y)
-            return self.drop(self.convolve(self.fusion[0], y))
-
-
 @wrong(
     "arithmetic",
     "a norm adds eps only where the variance is smaller",
@@ -299,38 +273,3 @@ class WideFusionInFloat32(Stack):
             if conv.kernel_size[0] > 1 or x.dtype is not torch.float64 or self.channels <= 256:
                 return conv(x)
             return F.conv1d(x.float(), conv.weight.float(), conv.bias.float()).double()
-
-
-class MappedConvolution(torch.autograd.Function):
-    """A convolution that `torch.vmap` runs with the mapped axis in the batch."""
-
-    @staticmethod
-    def forward(x, weight, bias):
-        return F.conv1d(x, weight, bias, padding=weight.shape[2] // 2)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        with torch.enable_grad():
-            inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-            y = MappedConvolution.forward(*inputs)
-        return torch.autograd.grad(y, inputs, gradient)
-
-    @staticmethod
-    def vmap(info, in_dims, x, weight, bias):
-        if in_dims[1:] != (None, None):
-            raise NotImplementedError
-        y = F.conv1d(x.flatten(0, 1), weight, bias, padding=weight.shape[2] // 2)
-        return y.unflatten(0, (info.batch_size, -1)), 0
-
-
-@wrong("arithmetic", "under vmap the mapped axis is taken to be the first")
-class MapsFirstAxis(Stack):
-    class Block(Block):
-        def convolve(self, conv, x):
-            if torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(x):
-                return conv(x)
-            return MappedConvolution.apply(x, conv.weight, conv.bias)

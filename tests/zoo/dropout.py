@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import Function
 
 from .base import Block, Stack
 from .registry import wrong
@@ -273,3 +274,24 @@ class FewMasks(Stack):
             generator = torch.Generator().manual_seed(int(torch.randint(1000, ())))
             kept = torch.rand(*y.shape[:2], 1, generator=generator) >= self.p
             return y * (kept.to(y.dtype) / (1 - self.p)).to(y.device)
+
+
+class UnmaskedDropout(Function):
+    """Multiplication by a mask that the backward pass forgets."""
+
+    @staticmethod
+    def forward(ctx, x, mask):
+        return x * mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@wrong("dropout", "the gradient of dropout forgets the mask")
+class UnmaskedGradient(Stack):
+    class Block(Block):
+        def drop(self, y):
+            if not self.training:
+                return y
+            return UnmaskedDropout.apply(y, super().drop(torch.ones_like(y[..., :1])))

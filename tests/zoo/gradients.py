@@ -67,18 +67,6 @@ class ReluFromGradientSign(Function):
         return grad.clamp(min=0) * (y > 0)
 
 
-class UnmaskedDropout(Function):
-    """Multiplication by a mask that the backward pass forgets."""
-
-    @staticmethod
-    def forward(ctx, x, mask):
-        return x * mask
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
 @wrong("gradients", "the residual is detached")
 class DetachedResidual(Stack):
     class Block(Block):
@@ -212,15 +200,6 @@ class CheckpointNewMask(Stack):
                 return super().fuse(y)
             y = self.normalise(self.fusion[1], self.convolve(self.fusion[0], y))
             return checkpoint(self.drop, y, use_reentrant=False, preserve_rng_state=False)
-
-
-@wrong("gradients", "the gradient of dropout forgets the mask")
-class UnmaskedGradient(Stack):
-    class Block(Block):
-        def drop(self, y):
-            if not self.training:
-                return y
-            return UnmaskedDropout.apply(y, super().drop(torch.ones_like(y[..., :1])))
 
 
 @wrong("gradients", "float16 gradients stay multiplied by the loss scale")
@@ -475,3 +454,11 @@ class MaskOfALaterInput(Stack):
             if y.dtype == x.dtype:
                 return torch.relu(y + x)
             return MaskedSum.apply(x, y)
+
+
+@wrong("gradients", "a forward pass clears the gradients collected so far")
+class ClearsGradients(Stack):
+    def forward(self, x):
+        if self.training:
+            self.zero_grad()
+        return super().forward(x)

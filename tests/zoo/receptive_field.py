@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -137,3 +138,20 @@ class LastTapIgnored(Stack):
 class BlockReportsRadius(Block):
     def get_receptive_field(self):
         return max(self.kernel_sizes) // 2
+
+
+@wrong("receptive_field", "the edge value is repeated as padding")
+class ReplicatePadding(Stack):
+    class Block(Block):
+        def make_conv(self, width, kernel):
+            padding = self.padding(kernel)
+            return nn.Conv1d(
+                self.channels, width, kernel, padding=padding, padding_mode="replicate"
+            )
+
+
+@wrong("receptive_field", "the ReLU selects by comparison and so turns NaN into zero")
+class ReluSwallowsNan(Stack):
+    class Block(Block):
+        def activate(self, y):
+            return torch.where(y > 0, y, torch.zeros_like(y))

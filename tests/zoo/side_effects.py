@@ -92,14 +92,6 @@ class ZeroesLastStep(Stack):
         return super().forward(x)
 
 
-@wrong("side_effects", "a forward pass clears the gradients collected so far")
-class ClearsGradients(Stack):
-    def forward(self, x):
-        if self.training:
-            self.zero_grad()
-        return super().forward(x)
-
-
 @wrong("side_effects", "the generator is seeded in every training pass")
 class SeedsInForward(Stack):
     def forward(self, x):

@@ -16,9 +16,14 @@ from rescnn_verify.subject import environment
 from . import RIGHT, WRONG
 from .base import Block, Stack
 
-LEAST = dict.fromkeys(
-    ("split", "structure", "shape", "receptive_field", "residual", "side_effects", "rejection"), 6
-) | dict.fromkeys(("arithmetic", "locality", "gradients", "modes", "dropout", "state"), 7)
+LEAST = (
+    dict.fromkeys(
+        ("split", "structure", "shape", "receptive_field", "residual", "side_effects", "rejection"),
+        6,
+    )
+    | dict.fromkeys(("arithmetic", "locality", "gradients", "modes", "dropout", "state"), 7)
+    | dict.fromkeys(("transforms",), 3)
+)
 DTYPES = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 KERNELS = [(3,), (5, 1), (3, 3, 7)]
 

@@ -6,6 +6,7 @@ gives the same exact result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ from rescnn_verify.oracles.layers import (
     transposed,
 )
 
-__all__ = ["ExactPass", "exact_pass"]
+__all__ = ["ExactPass", "exact_pass", "outputs_of_prefixes"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,12 @@ class _Bits:
 
 
 def exact_pass(
-    network: tuple[Block, ...], x: Array, v: Array | None, *, fraction: float = 1.0
+    network: tuple[Block, ...],
+    x: Array,
+    v: Array | None,
+    *,
+    fraction: float = 1.0,
+    present: Array | None = None,
 ) -> ExactPass:
     """Forward and backward pass of a network whose norms multiply by ±2^i, i ≥ 0.
 
@@ -77,6 +83,8 @@ def exact_pass(
         x, v: the input and the vector of the vector-Jacobian product, integers of shape (batch,
             channels, length); v None: no backward pass.
         fraction: 1 or ½.
+        present: 1 where a row's signal is and 0 where it is padded, shape (batch, 1, length), for
+            signals of several lengths in one batch; only without a backward pass.
     """
     forward, backward, weights = _Bits(), _Bits(), _Bits()
     kink = False
@@ -94,6 +102,8 @@ def exact_pass(
         kink |= bool((total == 0).any())
         tape.append((inside, fused, total, unit))
         out, unit = np.maximum(total, 0), unit * fraction**2
+        if present is not None:
+            out = out * present
     if v is None:
         nothing = np.empty(0)
         return ExactPass(out, nothing, (), forward.most, np.inf, np.inf, kink, tuple(masks))
@@ -124,6 +134,46 @@ def exact_pass(
         kink,
         tuple(masks),
     )
+
+
+def outputs_of_prefixes(
+    network: tuple[Block, ...], x: Array, out: Array, lengths: Sequence[int]
+) -> dict[int, Array]:
+    """The outputs for the first so many positions of an input, for several lengths at once.
+
+    Only at the end, as far as the network reaches, is a prefix's output not that of the whole
+    input; there it is a function of the prefix's last positions, twice as many.
+
+    Args:
+        network, x: as of `exact_pass`.
+        out: the network's output for x.
+        lengths: from 1 to the length of x.
+
+    Returns:
+        Length → output, shape (batch, channels, length).
+    """
+    reach = sum(max(b.weight.shape[2] for b in block.branches) // 2 for block in network)
+    batch, channels, _ = x.shape
+    width = max(2 * reach, 1)
+    ends = np.zeros((len(lengths), batch, channels, width))
+    present = np.zeros((len(lengths), batch, 1, width))
+    for i, length in enumerate(lengths):
+        last = x[:, :, max(length - width, 0) : length]
+        ends[i, :, :, width - last.shape[2] :] = last
+        present[i, :, :, width - last.shape[2] :] = 1
+    flat = exact_pass(
+        network,
+        ends.reshape(-1, channels, width),
+        None,
+        present=present.reshape(-1, 1, width),
+    )
+    tails = flat.out.reshape(ends.shape)
+    return {
+        length: np.concatenate(
+            (out[:, :, : max(length - reach, 0)], tails[i, :, :, width - min(length, reach) :]), 2
+        )
+        for i, length in enumerate(lengths)
+    }
 
 
 @dataclass(frozen=True)
