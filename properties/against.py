@@ -7,7 +7,7 @@ from rescnn_verify.compare import Falsified, attempt, within
 from rescnn_verify.needs import ANOTHER, BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.oracles.layers import read_network
 from rescnn_verify.oracles.real import Bounded, real_pass
-from rescnn_verify.probes import as_input, normal_input, randomise
+from rescnn_verify.probes import as_input, normal_input, randomise, state_of
 from rescnn_verify.space import INPUTS, Choice, Integers
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import NotApplicable
@@ -76,7 +76,7 @@ def _same_gradients(subject, case):
         return
     if not subject(subject.twin(model, case), x.detach().requires_grad_()).requires_grad:
         raise NotApplicable("the second implementation has no gradients")
-    alike = attempt("state_dict", lambda: _equal(other.state_dict(), model.state_dict()))
+    alike = attempt("state_dict", lambda: _equal(state_of(other), state_of(model)))
     out, gradient = subject.vjp(model, x, v)
     other_out, other_gradient = subject.vjp(other, x, v)
     yield within(other_out, _twice(out, exact.out), "output of the second, against the first")

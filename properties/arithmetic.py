@@ -43,6 +43,7 @@ ZERO = ("no block", "some blocks")
     needs=(*REFERENCE, DIRECT),
     work=2**16,
     effort=2,
+    large=1,
 )
 def integer_networks_are_exact(subject, case):
     """On a certified integer network the output equals NumPy's, in every dtype, by ``==``.
@@ -225,6 +226,7 @@ def _same_as_numpy(subject, case):
     needs=(*REFERENCE, DIRECT),
     work=2**16,
     effort=1.2,
+    large=1,
 )
 def integer_gradients_are_exact(subject, case):
     """On a certified integer network Jᵀv equals NumPy's, in every dtype, by ``==``.
@@ -249,7 +251,7 @@ def integer_gradients_are_exact(subject, case):
     ),
     needs=(*REFERENCE, DIRECT),
     work=2**26,
-    effort=0.07,
+    effort=0.05,
     inputs=1,
 )
 def large_integer_inputs_are_exact(subject, case):
@@ -299,6 +301,7 @@ def _same_under(subject, case):
     space=EVAL.narrow(length=Integers(1, 300)),
     needs=(*REFERENCE, DIRECT),
     work=2**16,
+    large=1,
 )
 def integer_weight_gradients_are_exact(subject, case):
     """On a certified integer network the gradient of every parameter equals NumPy's, by ``==``.
@@ -354,7 +357,7 @@ def real_networks_are_within_their_bound(subject, case):
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
-    work=2**16,
+    work=2**16, large=1,
 )  # fmt: skip
 def training_normalises_with_the_biased_batch_variance(subject, case):
     """In train mode each norm uses the batch's own mean and biased variance, within the bound.
@@ -500,7 +503,7 @@ def training_on_many_values_is_within_the_bound(subject, case):
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
     work=2**15,
-    effort=1.2,
+    effort=1.2, large=1,
 )  # fmt: skip
 def real_gradients_are_within_their_bound(subject, case):
     """In float64 Jᵀv and every parameter's gradient are within the bound of the reference.

@@ -32,7 +32,7 @@ from rescnn_verify.probes import (
     randomise,
     shrink_fusion,
 )
-from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
+from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Lists
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import NotApplicable, seed_torch
 
@@ -254,6 +254,7 @@ def freezing_parameters_changes_no_other_gradient(subject, case):
     needs=(STACK, HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
     work=2**16,
     effort=0.5,
+    large=1,
 )
 def the_chain_rule_holds_over_blocks(subject, case):
     """The gradient of a stack is that of its blocks one after the other.
@@ -483,6 +484,26 @@ def second_derivatives_are_the_reference_s(subject, case):
     term is at least the inverse of a power of the number of values, at most 16. In between is half
     of the significand: 2^-26 of the largest entry, in units in which all are alike.
     """
+    yield from _second_derivatives(subject, case)
+
+
+@statement(
+    space=INPUTS.narrow(
+        dtype=Choice("float64"), num_blocks=Choice(1), channels=Integers(2, 6),
+        batch=Choice(32, 16, 64), length=Choice(1024, 256, 512), dropout=Choice(0.0),
+        kernel_sizes=Lists(Choice(3, 1, 5), 1, 2), layout=Choice("contiguous", "transposed"),
+    ),
+    needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
+    evidence="bounded", inputs=1, effort=0.3)  # fmt: skip
+def second_derivatives_at_large_inputs_are_the_reference_s(subject, case):
+    """The same for inputs of thousands of values for each channel.
+
+    A forgotten term is at least 2^-16 of the largest entry, and sums of so many are exact as well.
+    """
+    yield from _second_derivatives(subject, case)
+
+
+def _second_derivatives(subject, case):
     model = subject.model(case)
     blocks = subject.handles(model, case)
     values, size = make_balanced(blocks[0], case)

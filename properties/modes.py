@@ -18,7 +18,14 @@ from rescnn_verify.compare import (
 from rescnn_verify.histories import EDITS, EVENTS, WAYS, edit, live
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION, REENTRANT
 from rescnn_verify.networks import certify
-from rescnn_verify.probes import as_input, called_within, normal_input, randomise
+from rescnn_verify.probes import (
+    as_input,
+    called_within,
+    normal_input,
+    randomise,
+    state_of,
+    whole_state,
+)
 from rescnn_verify.space import INPUTS, LARGE, Choice, Integers, Lists, Space
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import CONTEXTS, NotApplicable, seed_torch
@@ -33,7 +40,7 @@ def eval_is_deterministic(subject, case):
     model = subject.model(case)
     randomise(model, case.rng("weights"))
     x = normal_input(case)
-    buffers = _state(model)
+    buffers = state_of(model)
     seed_torch(case.seed)
     states = _generators(case)
     first = subject(model, x)
@@ -87,7 +94,7 @@ def only_the_state_counts(subject, case):
     randomise(used, case.rng("weights"))
     used = live(subject, used, case, case["history"], case["context"])
     new = subject.set_mode(subject.build(case), "eval")
-    state = {name: value.clone() for name, value in used.state_dict().items()}
+    state = whole_state(used)
     attempt("load_state_dict", lambda: new.load_state_dict(state))
     yield equal(_claims(subject, used, case), _claims(subject, new, case), "what the model claims")
     expected = _behaviour(subject, new, case)
@@ -118,7 +125,7 @@ def an_edit_is_seen(subject, case):
     with CONTEXTS[case["context"]]():
         out = subject(model, x)
     new = subject.set_mode(subject.build(case), "eval")
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state = whole_state(model)
     attempt("load_state_dict", lambda: new.load_state_dict(state))
     with CONTEXTS[case["context"]]():
         expected = subject(new, x)
@@ -151,7 +158,7 @@ def _behaviour(subject, model, case):
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 found[f"gradient of {name} in {mode} mode"] = parameter.grad
-    return found | _state(model)
+    return found | state_of(model)
 
 
 @statement(space=FORWARD.narrow(context=Choice("grad", "no_grad")), effort=0.8)
@@ -177,18 +184,18 @@ def only_a_large_training_call_changes_the_state(subject, case):
 def _changes_no_other_state(subject, case):
     model = subject.model(case)
     randomise(model, case.rng("weights"))
-    before = _state(model)
+    before = state_of(model)
     with CONTEXTS[case["context"]]():
         out = subject(model, normal_input(case))
     learned = {name for name, _ in model.named_buffers()} if case.mode == "train" else set()
     yield _same_state(model, before, "after a forward pass", besides=learned)
     if case["context"] == "no_grad":
         return
-    after = _state(model)
+    after = state_of(model)
     subject.backward(out, torch.ones_like(out))
     yield _same_state(model, after, "after a backward pass")
     out = subject(model, normal_input(case))
-    after = _state(model)
+    after = state_of(model)
     try:
         subject.backward(out, torch.ones_like(out), keep=True)
         subject.backward(out, torch.ones_like(out))
@@ -260,7 +267,7 @@ def training_is_a_function_of_the_generator(subject, case):
         seed_torch(case.seed)
         with torch.no_grad():
             outputs.append(subject(model, normal_input(case)))
-        states.append(_state(model))
+        states.append(state_of(model))
     yield same_bits(outputs[1], outputs[0], "second output in train mode from the same generator")
     yield same_tensors(states[1], states[0], "state after training from the same generator")
 
@@ -284,7 +291,7 @@ def frozen_norms_use_their_statistics(subject, case):
         return
     for layer in (layer for block in blocks for layer in block.layers):
         layer.norm.eval()
-    before = _state(model)
+    before = state_of(model)
     out = subject(model, as_input(case, found.x))
     yield same_values(out, found.expected.out, "output of a training model with frozen norms")
     yield _same_state(model, before, "after a training call with frozen norms")
@@ -296,10 +303,6 @@ def _generators(case):
     return [torch.get_rng_state(), *cuda]
 
 
-def _state(model):
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
 def _same_state(model, before, when, besides=frozenset()):
-    kept = {name: value for name, value in model.state_dict().items() if name not in besides}
+    kept = {name: value for name, value in state_of(model).items() if name not in besides}
     return same_tensors(kept, {name: before[name] for name in kept}, f"state {when}")

@@ -32,7 +32,12 @@ def zeroed_fusion_gives_relu(subject, case):
     yield same_bits(out, torch.relu(x), "output with zeroed fusion, against relu(x)")
 
 
-@statement(space=ZEROED, needs=(HANDLES, POST_ACTIVATION), effort=0.8)
+@statement(
+    space=ZEROED,
+    needs=(HANDLES, POST_ACTIVATION),
+    effort=0.8,
+    large=1,
+)
 def zeroed_fusion_passes_the_gradient(subject, case):
     """With every fusion zeroed Jᵀv = v ⊙ 1[x > 0], bitwise, at any depth and in either mode.
 

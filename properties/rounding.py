@@ -111,6 +111,7 @@ def gradients_are_within_the_bound(subject, case):
     needs=REFERENCE,
     evidence="bounded",
     work=2**18,
+    large=1,
 )
 def positive_networks_are_within_the_bound_at_any_size(subject, case):
     """In every dtype output and gradients of a positive network are within their bounds.

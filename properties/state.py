@@ -21,7 +21,14 @@ from rescnn_verify.handles import fill
 from rescnn_verify.histories import kept_tensors
 from rescnn_verify.needs import BATCH_NORM, CONTRACT, DIRECT, HANDLES, POST_ACTIVATION, STACK
 from rescnn_verify.networks import certify
-from rescnn_verify.probes import LeftBehind, as_input, normal_input, randomise
+from rescnn_verify.probes import (
+    LeftBehind,
+    as_input,
+    normal_input,
+    randomise,
+    state_of,
+    whole_state,
+)
 from rescnn_verify.space import INPUTS, Choice, Integers, Space
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import DTYPES, NotApplicable, seed_everything, seed_torch
@@ -36,7 +43,7 @@ def same_seed_same_initial_weights(subject, case):
     for seed in (case.seed, case.seed, case.seed + 1):
         seed_torch(seed)
         models.append(subject.build_with(case.config))
-    first, again = (model.state_dict() for model in models[:2])
+    first, again = (state_of(model) for model in models[:2])
     yield same_tensors(again, first, "initial state from the same generator state")
     # Of fewer elements even random ones coincide too often.
     pairs = zip(models[0].named_parameters(), models[2].parameters(), strict=True)
@@ -114,7 +121,7 @@ def everything_moves_with_the_model(subject, case):
 def _through_state_dict(subject, model, case):
     other = subject.build(case)
     randomise(other, np.random.default_rng(case.seed + 1))
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state = whole_state(model)
     attempt("load_state_dict", lambda: other.load_state_dict(state))
     return other
 
@@ -131,7 +138,7 @@ def _through_assignment(subject, model, case, dtype=None):
     other = subject.build(before)
     with torch.no_grad():
         subject(subject.set_mode(other, "eval"), normal_input(before))
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state = whole_state(model)
     attempt("load_state_dict(assign=True)", lambda: other.load_state_dict(state, assign=True))
     return other
 
@@ -245,7 +252,7 @@ def _same_function(subject, case, way, values="ordinary"):
     if values != "ordinary":
         _thin_out(model, case.rng("values"))
     other = subject.set_mode(way(subject, model, case), "eval")
-    yield same_tensors(other.state_dict(), model.state_dict(), "state_dict of the copy")
+    yield same_tensors(state_of(other), state_of(model), "state_dict of the copy")
     outputs = []
     for built in (model, other):
         seed_torch(case.seed)
@@ -259,9 +266,9 @@ def _same_function(subject, case, way, values="ordinary"):
     whens = ("in eval mode", "in train mode", "in eval mode after training")
     for when, first, second in zip(whens, *outputs, strict=True):
         yield same_bits(second, first, f"output of the copy {when}")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = state_of(model)
     randomise(other, np.random.default_rng(case.seed))
-    yield same_tensors(model.state_dict(), before, "original after changing the copy")
+    yield same_tensors(state_of(model), before, "original after changing the copy")
 
 
 def _thin_out(model, rng):
@@ -281,7 +288,7 @@ def functional_call_uses_the_tensors_it_is_given(subject, case):
     found = certify(subject.handles(model, case), case, bits="forward_bits")
     if found is None:
         return
-    state = {f"module.{name}": value.clone() for name, value in model.state_dict().items()}
+    state = {f"module.{name}": value for name, value in state_of(model).items()}
     x = as_input(case, found.x)
     with torch.no_grad():
         expected = subject(model, x)
@@ -323,7 +330,8 @@ def the_state_dict_names_every_tensor(subject, case):
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     tensors = {name: tensor for name, tensor in tensors.items() if name not in passing}
     state = model.state_dict()
-    yield equal(set(state), set(tensors), "names in the state_dict")
+    names = {name for name in state if not name.endswith("_extra_state")}
+    yield equal(names, set(tensors), "names in the state_dict")
     for name, tensor in tensors.items():
         yield equal(state[name].data_ptr(), tensor.data_ptr(), f"memory of {name}")
 
@@ -363,7 +371,7 @@ def building_draws_only_from_torch(subject, case):
     for seed in (1, 2):
         seed_everything(seed)
         seed_torch(case.seed)
-        states.append(subject.build_with(case.config).state_dict())
+        states.append(state_of(subject.build_with(case.config)))
     for name, value in states[0].items():
         yield same_bits(
             states[1][name], value, f"initial {name} from other NumPy and Python states"

@@ -4,6 +4,7 @@ import inspect
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from rescnn_verify.compare import Falsified, attempt, equal, same_bits
 from rescnn_verify.needs import (
@@ -12,6 +13,7 @@ from rescnn_verify.needs import (
     CONTRACT,
     HANDLES,
 )
+from rescnn_verify.probes import state_of
 from rescnn_verify.space import INPUTS, Space
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import seed_torch
@@ -74,7 +76,10 @@ def blocks_are_separate(subject, case):
 
 @statement(space=Space(), needs=(CONTRACT,), documented=True, effort=3)
 def parameter_count_is_the_formula(subject, case):
-    """Per block Σᵢ wᵢ(C·kᵢ + 2) + C(C + 2) parameters, and a bias for each convolution with one."""
+    """Per block Σᵢ wᵢ(C·kᵢ + 2) + C(C + 2) parameters, and a bias for each convolution with one.
+
+    A parametrized tensor counts as itself, whatever it is computed from.
+    """
     model = subject.model(case)
     blocks = subject.handles(model, case)
     biases = sum(
@@ -85,7 +90,11 @@ def parameter_count_is_the_formula(subject, case):
     )
     c = case.channels
     branches = sum(w * (c * k + 2) for w, k in zip(case.widths, case.kernel_sizes, strict=True))
-    counted = sum(parameter.numel() for parameter in model.parameters())
+    parametrized = [module for module in model.modules() if is_parametrized(module)]
+    behind = {p for module in parametrized for p in module.parametrizations.parameters()}
+    counted = sum(parameter.numel() for parameter in model.parameters() if parameter not in behind)
+    for module in parametrized:
+        counted += sum(getattr(module, name).numel() for name in module.parametrizations)
     yield equal(
         counted - biases,
         case.num_blocks * (branches + c * (c + 2)),
@@ -135,4 +144,4 @@ def constructor_defaults(subject, case):
 def _shapes(model):
     if not isinstance(model, nn.Module):
         raise Falsified("building", "an nn.Module", type(model).__name__)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}

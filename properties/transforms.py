@@ -15,7 +15,7 @@ from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify_prefixes
 from rescnn_verify.oracles.layers import read_network
 from rescnn_verify.oracles.real import real_pass
-from rescnn_verify.probes import as_input, normal_input, randomise, set_norm
+from rescnn_verify.probes import as_input, normal_input, randomise, set_norm, state_of
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import NotApplicable, compiled, seed_torch
@@ -196,7 +196,7 @@ def a_traced_training_call_learns_the_same(subject, case):
         else:
             with torch.no_grad():
                 out = subject(model, x)
-        state = {name: value.clone() for name, value in model.state_dict().items()}
+        state = state_of(model)
         found.append({"the output": out.clone(), **state})
     yield same_tensors(found[1], found[0], "after a traced training call, against a plain one")
 

@@ -11,14 +11,27 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from rescnn_verify.case import Case, Config
-from rescnn_verify.space import Choice, Factor, Floats, Integers, Lists, Space, architectural
+from rescnn_verify.space import (
+    Choice,
+    Factor,
+    Floats,
+    Integers,
+    Lists,
+    Space,
+    SpaceError,
+    architectural,
+)
 
-__all__ = ["SEAMS", "WORK", "Draw", "RandomDraw", "draw_config", "draw_trial"]
+__all__ = ["SEAMS", "WORK", "Draw", "RandomDraw", "draw_config", "draw_large", "draw_trial"]
 
 T = TypeVar("T")
+
+#: How many values a large case has, and the multiply-adds of its configuration for one position.
+LARGE_VALUES = (2**16, 2**18)
+LARGE_CONFIG = 2**7
 
 #: Multiply-adds that one forward pass of a drawn case may cost.
 WORK = 2**20
@@ -119,6 +132,46 @@ def draw_trial(
     )
 
 
+def draw_large(draw: Draw, space: Space) -> Case:
+    """A case of `LARGE_VALUES` on a small architecture: somewhere there implementations begin to
+    save memory, or to work in parallel.
+
+    Raises:
+        NoCase: the space has no case of half as many values, or no other.
+    """
+    length, batch = space.get("length"), space.get("batch")
+    if not isinstance(length, Integers) or not isinstance(batch, Integers):
+        raise NoCase
+    fewest, most = LARGE_VALUES
+    if length.low * batch.low >= fewest / 2:
+        raise NoCase  # all of its cases are large
+    try:
+        space = space.narrow(channels=Integers(1, 8), num_blocks=Integers(1, 2))
+        # Two in three are of a wide dtype, in which more can be compared exactly.
+        wide = draw.integer(0, 2)
+        space = space.narrow(dtype=Choice("float32", "float64")) if wide else space
+    except SpaceError:
+        raise NoCase from None
+    config = _until(
+        lambda: draw_config(draw, space), lambda config: multiply_adds(config) <= LARGE_CONFIG
+    )
+    values = int(2 ** draw.real(math.log2(fewest), math.log2(most)))
+    positions = min(values // config.channels, length.high * batch.high)
+    if positions * config.channels < fewest / 2:
+        raise NoCase
+    shortest = max(length.low, -(-positions // batch.high))
+    longest = max(shortest, min(length.high, positions))
+    size = int(2 ** draw.real(math.log2(shortest), math.log2(longest)))
+    sizes = {"length": size, "batch": max(batch.low, min(batch.high, positions // size))}
+    return cast(
+        Case,
+        _until(
+            lambda: _draw_case(draw, config, sizes, ("length", "batch"), space, 0),
+            space.meets_constraints,
+        ),
+    )
+
+
 def draw_config(draw: Draw, space: Space) -> Config:
     """An architecture configuration of a space with at least one channel for each branch."""
     values: dict[str, Any] = {}
@@ -148,7 +201,7 @@ def _draw_case(
     cost = multiply_adds(config)
     extra: list[tuple[str, Any]] = []
     for name, other in ((sizes[0], _least(space.get(sizes[1]))), (sizes[1], 1)):
-        size = space.get(name)
+        size = None if name in values else space.get(name)
         if isinstance(size, Integers):
             affordable = max(size.low, 1, work // (cost * other))
             size = Integers(size.low, min(size.high, affordable))

@@ -17,7 +17,7 @@ import torch
 from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import Falsified
 from rescnn_verify.coverage import pairs_of
-from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
+from rescnn_verify.drawing import NoCase, RandomDraw, draw_large, draw_trial
 from rescnn_verify.enumeration import batched, every_case, every_input
 from rescnn_verify.journal import Journal
 from rescnn_verify.outcome import (
@@ -57,19 +57,21 @@ class Profile:
             cases.
         drawn: trials drawn by Hypothesis.
         shrinking: seconds spent on making a counterexample smaller.
+        large: cases of tens or hundreds of thousands of values.
         slow: whether slow properties run, and exhaustive ones over every case of their space.
     """
 
     sampled: int
     drawn: int
     shrinking: float
+    large: int = 0
     slow: bool = False
 
 
 PROFILES = {
     "quick": Profile(sampled=8, drawn=2, shrinking=1.0),
-    "default": Profile(sampled=60, drawn=4, shrinking=2.0),
-    "thorough": Profile(sampled=1000, drawn=150, shrinking=20.0, slow=True),
+    "default": Profile(sampled=60, drawn=4, shrinking=2.0, large=1),
+    "thorough": Profile(sampled=1000, drawn=150, shrinking=20.0, large=16, slow=True),
 }
 
 
@@ -83,6 +85,7 @@ class Search:
         documented: whether the documented configuration is run where the property asks for it.
         exhaustive: whether an exhaustive property runs over all of its space, and nothing else.
         sampled: trials sampled uniformly.
+        large: cases of tens or hundreds of thousands of values, where the space has them.
         drawn: trials drawn by Hypothesis.
         seconds: no further trial is begun after so many.
         shrinking: seconds spent on making a counterexample smaller.
@@ -100,6 +103,7 @@ class Search:
     documented: bool = False
     exhaustive: bool = False
     sampled: int = 0
+    large: int = 0
     drawn: int = 0
     seconds: float = math.inf
     shrinking: float = 0.0
@@ -116,6 +120,7 @@ class Search:
             documented=True,
             exhaustive=profile.slow,
             sampled=round(profile.sampled * prop.effort),
+            large=profile.large * prop.large,
             drawn=max(1, round(profile.drawn * prop.effort)),
             shrinking=profile.shrinking,
             slow=profile.slow,
@@ -254,6 +259,7 @@ class _Run:
             self._documented,
             self._exhausted,
             self._sampled,
+            self._large,
             self._drawn,
             self._given_last,
         ):
@@ -323,6 +329,15 @@ class _Run:
             before = self.tally.assertions
             self._examine(self._in_shard(trial), over)
             self.sampled += self.tally.assertions > before
+
+    def _large(self, over: Callable[[], bool]) -> None:
+        draw = RandomDraw(~self.seed)
+        for _ in range(self.search.large):
+            try:
+                case = draw_large(draw, self.space)
+            except NoCase:
+                return
+            self._examine(self._in_shard((case,)), over)
 
     def _drawn(self, over: Callable[[], bool]) -> None:
         if not self.search.drawn or not self._has_cases():

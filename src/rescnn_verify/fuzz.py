@@ -185,6 +185,7 @@ class Campaign:
         search = Search(
             documented=opening,
             sampled=max(1, round(SAMPLED * share)),
+            large=0 if opening else prop.large,
             drawn=max(1, round(DRAWN * share)),
             seconds=min(SLICE, self.seconds_left),
             seen=None if opening else lane.total.pairs,

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from rescnn_verify.case import Case
 from rescnn_verify.compare import attempt
-from rescnn_verify.probes import normal_input, randomise
+from rescnn_verify.probes import normal_input, randomise, whole_state
 from rescnn_verify.subject import CONTEXTS, DTYPES, Subject
 
 __all__ = ["EDITS", "EVENTS", "WAYS", "edit", "kept_tensors", "live"]
@@ -255,7 +255,7 @@ def _loaded(*, assign: bool) -> Event:
         subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
     ) -> nn.Module:
         randomise(other := subject.build(case), rng)
-        state = {name: value.clone() for name, value in other.state_dict().items()}
+        state = whole_state(other)
         attempt("load_state_dict", lambda: model.load_state_dict(state, assign=assign))
         return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ __all__ = [
     "reach",
     "set_norm",
     "shrink_fusion",
+    "state_of",
+    "whole_state",
     "with_small_variances",
     "zero_fusion",
 ]
@@ -72,6 +75,18 @@ def as_input(case: Case, values: np.ndarray) -> Tensor:
             return tensor[:1].expand(batch, channels, length)
         return tensor[:, :, :1].expand(batch, channels, length)
     return tensor
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """A copy of the state_dict, as it can be loaded."""
+    state = model.state_dict()
+    return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the tensors in the state_dict; a module's extra state, which may be anything, is
+    left out."""
+    return {k: v for k, v in whole_state(model).items() if not k.endswith("_extra_state")}
 
 
 def normal_input(case: Case, purpose: str = "input") -> Tensor:
