@@ -250,7 +250,7 @@ def integer_gradients_are_exact(subject, case):
         mode=Choice("eval"), dtype=Choice("float32", "float64"), context=Choice(*CONTEXTS)
     ),
     needs=(*REFERENCE, DIRECT),
-    work=2**26,
+    work=2**25,
     effort=0.05,
     inputs=1,
 )

@@ -26,12 +26,16 @@ from rescnn_verify.probes import (
     state_of,
     whole_state,
 )
-from rescnn_verify.space import INPUTS, LARGE, Choice, Integers, Lists, Space
+from rescnn_verify.space import INPUTS, LARGE, Choice, Constraint, Integers, Lists, Space
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import CONTEXTS, NotApplicable, seed_torch
 
 FORWARD = INPUTS.narrow(batch=Integers(1, 130), length=Integers(1, 600))
 EVAL = FORWARD.narrow(mode=Choice("eval"))
+A_CHANNEL_PER_OTHER_BRANCH = Constraint(
+    "at least one channel for each branch of the other model",
+    lambda c: c.channels >= len(c["beside"]),
+)
 
 
 @statement(space=EVAL, effort=0.7)
@@ -80,7 +84,7 @@ def a_call_within_a_call_leaves_it_alone(subject, case):
         history=Lists(Choice(*EVENTS), 1, 12), context=Choice("no_grad", "grad", "inference_mode")
     ),
     work=2**18,
-    effort=0.8,
+    effort=0.65,
 )
 def only_the_state_counts(subject, case):
     """A model is a function of its state: whatever came before, it is as a new one with that state.
@@ -159,6 +163,43 @@ def _behaviour(subject, model, case):
             if parameter.grad is not None:
                 found[f"gradient of {name} in {mode} mode"] = parameter.grad
     return found | state_of(model)
+
+
+@statement(
+    space=FORWARD.narrow(
+        A_CHANNEL_PER_OTHER_BRANCH, mode=Choice("eval"), dtype=Choice("float32", "float64"),
+        batch=Integers(1, 9),
+        length=Integers(1, 80), beside=Lists(Choice(3, 5, 7, 1, 9, 11, 15), 1, 3),
+        blocks=Choice(1, 2, 3), longer=Choice("as padded", "not"), context=Choice(*CONTEXTS),
+    ),
+    needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT), inputs=8, effort=0.3,
+)  # fmt: skip
+def other_models_leave_no_trace(subject, case):
+    """After a call of another model the output, and the gradient at the input, are NumPy's.
+
+    To the bit on a certified integer network. The other one has other kernels and blocks, and gets
+    an input of the same shape, or of one that is the same when it is padded: memory that models
+    share has to be cleaned.
+    """
+    other = replace(case, kernel_sizes=case["beside"], num_blocks=case["blocks"])
+    if case["longer"] == "as padded":
+        other = replace(other, length=max(1, case.length + case.widest - other.widest))
+    if not subject.target.promises(other):
+        return
+    model = subject.model(case)
+    found = certify(subject.handles(model, case), case, bits="backward_bits", kinkless=True)
+    if found is None:
+        return
+    beside = subject.set_mode(subject.build(other), "eval")
+    with CONTEXTS[case["context"]]():
+        subject(beside, normal_input(other))
+        if case["context"] != "grad":
+            out = subject(model, as_input(case, found.x))
+    if case["context"] == "grad":
+        out, gradient = subject.vjp(model, as_input(case, found.x), as_input(case, found.v))
+        expected = found.expected.input_gradient
+        yield same_values(gradient, expected, "gradient after a call of another model")
+    yield same_values(out, found.expected.out, "output after a call of another model")
 
 
 @statement(space=FORWARD.narrow(context=Choice("grad", "no_grad")), effort=0.8)

@@ -78,7 +78,7 @@ def initial_weights_are_not_degenerate(subject, case):
                 weights.append((where, weight))
 
 
-@statement(space=EVAL, effort=0.3)
+@statement(space=EVAL, effort=0.25)
 def everything_moves_with_the_model(subject, case):
     """After `.to(dtype)` every floating parameter and buffer has the dtype, and forward works.
 

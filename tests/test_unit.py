@@ -68,7 +68,7 @@ def custom(tmp_path_factory):
         Unit(NAME, STACK, Search(seen=0)),
         Unit(NAME, STACK, Search(seen=2**1848 + 1)),
         Unit(NAME, STACK, Search(documented=True, exhaustive=True, slow=False)),
-        Unit(NAME, STACK, Search(sampled=7, drawn=3), seed=2**64 - 1),
+        Unit(NAME, STACK, Search(sampled=7, large=2, drawn=3), seed=2**64 - 1),
         Unit(NAME, STACK, Search(), space={"space": {"channels": [8, 512], "length": "1..9"}}),
         Unit(NAME, STACK, Search(), space={"near": {"kernel_sizes": [3, 5], "option": {"a": 1}}}),
         Unit(NAME, STACK, Search(), device="cuda", journal="/a/b", case_timeout=0.5, tag="x#7"),

@@ -250,6 +250,13 @@ class OneMaskForAllPasses(Stack):
             return MaskInBuffer.apply(y, self.kept)
 
 
+@wrong("gradients", "a ReLU of many values keeps its mask in the block")
+class OneMaskWhereLarge(Stack):
+    class Block(OneMaskForAllPasses.Block):
+        def activate(self, y):
+            return super().activate(y) if y.numel() >= 2**16 else torch.relu(y)
+
+
 class AddReluInPlace(Function):
     """relu(y + x) that masks the gradient where it stands."""
 
@@ -386,6 +393,13 @@ class SecondDerivativesWithoutStatistics(Stack):
                 return norm(x)
             batch_norm(norm, x.detach())
             return StatisticsAreConstants.apply(x, norm.weight, norm.bias, norm.eps)
+
+
+@wrong("gradients", "second derivatives at large inputs take the batch's statistics for constants")
+class SecondDerivativesWhereLarge(Stack):
+    class Block(SecondDerivativesWithoutStatistics.Block):
+        def normalise(self, norm, x):
+            return super().normalise(norm, x) if x.numel() >= 2**15 else norm(x)
 
 
 class AddsToItsOwnWeight(Function):
