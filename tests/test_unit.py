@@ -87,6 +87,7 @@ def test_no_field_of_a_search_is_lost_on_the_journey():
         documented=True,
         exhaustive=True,
         sampled=1,
+        large=6,
         drawn=2,
         seconds=3.0,
         shrinking=4.0,
