@@ -162,8 +162,8 @@ def test_names_shrink_to_the_first_that_fails():
 @pytest.mark.parametrize(
     ("predicate", "simplest"),
     [
-        (lambda c: c.field >= 19, Config(channels=1, num_blocks=3, kernel_sizes=(7,))),
-        (lambda c: c.channels % c.branches, Config(channels=4, kernel_sizes=(3, 3, 3))),
+        (lambda c: c.field >= 19, Config(channels=1, num_blocks=9, kernel_sizes=(3,))),
+        (lambda c: c.channels % c.branches, Config(channels=3, kernel_sizes=(3, 3))),
         (lambda c: c.dropout > 0.2, Config(channels=1, dropout=0.5)),
     ],
 )
@@ -281,8 +281,11 @@ define_test("a single branch", lambda c: c.branches == 1, 0.1)
 define_test("an 11-tap kernel", lambda c: 11 in c.kernel_sizes, 0.15)
 define_test("a 1-tap kernel", lambda c: 1 in c.kernel_sizes, 0.15)
 define_test("six blocks or more", lambda c: c.num_blocks >= 6, 0.04)
-define_test("more layers than most", lambda c: layers(c) > LAYERS, 0.04)
-define_test("no more layers than most", lambda c: layers(c) <= LAYERS, 0.75)
+define_test("eight blocks or more", lambda c: c.num_blocks >= 8, 0.03)
+define_test("eleven branches or more", lambda c: c.branches >= 11, 0.02)
+define_test("more layers than most", lambda c: layers(c) > LAYERS[1], 0.04)
+define_test("no more layers than most", lambda c: layers(c) <= LAYERS[1], 0.7)
+define_test("never too many layers", lambda c: layers(c) <= LAYERS[-1], 1.0)
 define_test("a single block", lambda c: c.num_blocks == 1, 0.15)
 define_test("repeated kernels", lambda c: len({*c.kernel_sizes}) < c.branches, 0.12)
 define_test("unsorted kernels", lambda c: [*c.kernel_sizes] != sorted(c.kernel_sizes), 0.25)

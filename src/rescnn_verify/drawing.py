@@ -35,10 +35,10 @@ LARGE_CONFIG = 2**7
 
 #: Multiply-adds that one forward pass of a drawn case may cost.
 WORK = 2**20
-#: Convolutions that three of four drawn architectures have at most: building and calling a layer
-#: costs more than its arithmetic, and a deep stack of many branches shows little that a deep one of
-#: few and a shallow one of many do not.
-LAYERS = 15
+#: Convolutions that a quarter each of the drawn architectures have at most: building
+#: and calling a layer costs more than its arithmetic, and a deep stack of many branches shows
+#: little that a deep one of few and a shallow one of many do not.
+LAYERS = (8, 14, 24, 40)
 
 LONG = (
     *(255, 256, 257, 300, 511, 512, 513, 640, 960, 1000, 1023, 1024, 1025, 1500),
@@ -113,7 +113,7 @@ def draw_trial(
         config = draw_config(draw, space)
         work = max(work, multiply_adds(config) * least)
     else:
-        most = math.inf if kind >= 6 else max(LAYERS, _fewest_layers(space))
+        most = max(LAYERS[kind // 2], _fewest_layers(space))
         config = _until(
             lambda: draw_config(draw, space),
             lambda c: multiply_adds(c) * least <= work and layers(c) <= most,

@@ -233,8 +233,8 @@ MORE_THAN_ONE_VALUE_TO_TRAIN = Constraint(
 
 #: The configurations that the reference contract promises, as far as they are explored.
 ARCHITECTURES = Space(
-    kernel_sizes=Lists(Choice(3, 5, 7, 1, 9, 11, 13, 15, 31), 1, 6),
-    num_blocks=Integers(1, 7),
+    kernel_sizes=Lists(Choice(3, 5, 7, 1, 9, 11, 13, 15, 31), 1, 12),
+    num_blocks=Integers(1, 12),
     channels=Integers(1, 128),
     dropout=Choice(0.0, 0.1, 0.5, 1.0, 0.3, 0.9, 0.001),
     where=(A_CHANNEL_PER_BRANCH,),

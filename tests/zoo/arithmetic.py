@@ -273,3 +273,10 @@ class WideFusionInFloat32(Stack):
             if conv.kernel_size[0] > 1 or x.dtype is not torch.float64 or self.channels <= 256:
                 return conv(x)
             return F.conv1d(x.float(), conv.weight.float(), conv.bias.float()).double()
+
+
+@wrong("arithmetic", "branches are joined in the order of their numbers as text: 1, 10, 2")
+class JoinedInTextOrder(Stack):
+    class Block(Block):
+        def join(self, outputs):
+            return super().join([outputs[i] for i in sorted(range(len(outputs)), key=str)])

@@ -131,6 +131,17 @@ class CheckpointUpdatesTwice(Stack):
             return checkpoint(super().fuse, y, use_reentrant=False)
 
 
+@wrong("modes", "in stacks of eight blocks or more a checkpoint updates the statistics twice")
+class CheckpointsDeepStacks(Stack):
+    def forward(self, x):
+        for block in self.blocks:
+            if len(self.blocks) < 8 or not torch.is_grad_enabled():
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
 @wrong("modes", "the folded weights of the first eval call are kept")
 class KeepsFoldedWeights(Stack):
     class Block(Block):
