@@ -28,7 +28,7 @@ from rescnn_verify.probes import (
 )
 from rescnn_verify.space import INPUTS, Choice, Integers, Lists
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import seed_torch
+from rescnn_verify.subject import CONTEXTS, seed_torch
 
 NEEDS = (HANDLES, CHANNEL_DROPOUT, POST_ACTIVATION)
 TRAIN = INPUTS.narrow(mode=Choice("train"), batch=Integers(2, 130), length=Integers(1, 1100))
@@ -37,7 +37,9 @@ ALPHA = 1e-16
 
 
 @statement(
-    space=TRAIN.narrow(frozen=Choice(*FROZEN), constant=Choice("nothing", *PARTS)),
+    space=TRAIN.narrow(
+        frozen=Choice(*FROZEN), constant=Choice("nothing", *PARTS), context=Choice(*CONTEXTS)
+    ),
     needs=NEEDS,
 )
 def survivors_are_scaled(subject, case):
@@ -61,7 +63,7 @@ def survivors_are_scaled(subject, case):
         exact_norm(blocks[index].fusion.norm, case.dtype, shift=1.0, mean=-1.0)
     height = 2.0 if frozen else 1.0
     x = as_input(case, np.zeros(case.shape))
-    with torch.no_grad():
+    with CONTEXTS[case["context"]]():
         seed_torch(case.seed)
         out = subject(model, x)
     constant = bool((out == out[:, :, :1]).all())
@@ -269,7 +271,11 @@ def the_residual_is_never_dropped(subject, case):
     yield same_bits(out, torch.relu(x), "output in train mode without its fusions")
 
 
-@statement(space=TRAIN.narrow(dtype=Choice("float64", "float32")), needs=NEEDS, effort=0.5)
+@statement(
+    space=TRAIN.narrow(dtype=Choice("float64", "float32"), context=Choice(*CONTEXTS)),
+    needs=NEEDS,
+    effort=0.5,
+)
 def eval_ignores_dropout(subject, case):
     """In eval mode the output does not depend on p, to the bit, and nothing is dropped."""
     x = as_input(case, case.rng("input").standard_normal(case.shape))
@@ -277,6 +283,6 @@ def eval_ignores_dropout(subject, case):
     for p in (case.dropout, 0.0):
         model = subject.model(replace(case, dropout=p), mode="eval")
         randomise(model, np.random.default_rng(case.seed))
-        with torch.no_grad():
+        with CONTEXTS[case["context"]]():
             outputs.append(subject(model, x))
     yield same_bits(outputs[0], outputs[1], f"output at dropout {case.dropout}, against dropout 0")

@@ -250,7 +250,7 @@ def freezing_parameters_changes_no_other_gradient(subject, case):
 
 
 @statement(
-    space=SMALL.narrow(mode=Choice("eval"), num_blocks=Integers(2, 7)),
+    space=SMALL.narrow(mode=Choice("eval"), num_blocks=Integers(2, 12)),
     needs=(STACK, HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
     work=2**16,
     effort=0.5,
@@ -262,7 +262,7 @@ def the_chain_rule_holds_over_blocks(subject, case):
     To the bit on a certified integer network without a ReLU at 0.
     """
     model = subject.model(case)
-    blocks = subject.handles(model, case)
+    blocks = subject.lone_blocks(model, case)
     found = certify(blocks, case, bits="backward_bits", kinkless=True)
     if found is None:
         return

@@ -81,7 +81,9 @@ def a_call_within_a_call_leaves_it_alone(subject, case):
 
 @statement(
     space=EVAL.narrow(
-        history=Lists(Choice(*EVENTS), 1, 12), context=Choice("no_grad", "grad", "inference_mode")
+        history=Lists(Choice(*EVENTS), 1, 12),
+        context=Choice("no_grad", "grad", "inference_mode"),
+        frozen=Choice(False, True),
     ),
     work=2**18,
     effort=0.65,
@@ -92,12 +94,14 @@ def only_the_state_counts(subject, case):
     Before: calls on other shapes, in either mode and another dtype, refused ones, backward passes,
     training, edits and loading of weights, each after a call on the same input. Outputs, gradients
     and what a training call learns are the same to the bit, and so is what the model claims. Caches
-    of weights, shapes, masks or results all show.
+    of weights, shapes, masks or results all show. Parameters are frozen all the while or not.
     """
     used = subject.model(case)
     randomise(used, case.rng("weights"))
+    used.requires_grad_(not case["frozen"])
     used = live(subject, used, case, case["history"], case["context"])
-    new = subject.set_mode(subject.build(case), "eval")
+    new = subject.set_mode(subject.build(case), "eval").requires_grad_(not case["frozen"])
+    used.requires_grad_(not case["frozen"])
     state = whole_state(used)
     attempt("load_state_dict", lambda: new.load_state_dict(state))
     yield equal(_claims(subject, used, case), _claims(subject, new, case), "what the model claims")

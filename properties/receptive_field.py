@@ -87,14 +87,14 @@ def an_impulse_reaches_exactly_its_window(subject, case):
         yield same_bits(quiet, ~window, f"outputs that do not see position {place}")
 
 
-@statement(space=NAN_SAFE.narrow(num_blocks=Integers(2, 7)), needs=(STACK, HANDLES, DIRECT))
+@statement(space=NAN_SAFE.narrow(num_blocks=Integers(2, 12)), needs=(STACK, HANDLES, DIRECT))
 def each_block_has_the_field_of_its_widest_kernel(subject, case):
     """Every block of a stack, called alone, sees (widest kernel − 1)/2 positions to either side."""
     model = subject.model(case)
     side = case.widest // 2
     places = positions(case)
     x = as_input(case, impulse_rows(case, places, 1.0))
-    blocks = subject.handles(model, case)
+    blocks = subject.lone_blocks(model, case)
     make_positive(blocks, case.rng("weights"))
     for i, block in enumerate(blocks):
         with torch.no_grad():
@@ -111,8 +111,8 @@ def impulse_response_is_a_polynomial_power(subject, case):
 
     One block adds to its input the sum of its two end taps, so n blocks convolve the impulse n
     times with (1, 0, …, 0, 1, 0, …, 0, 1): a polynomial power, cut off at the ends of the signal
-    after every block as zero padding does. Its coefficients are at most 3^7, which every dtype
-    here holds.
+    after every block as zero padding does. Its coefficients are at most 3^12, which every
+    dtype here holds.
     """
     side = case.widest // 2
     one_block = np.zeros(2 * side + 1, dtype=np.int64)

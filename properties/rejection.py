@@ -13,7 +13,7 @@ from rescnn_verify.needs import CHECKED_INPUT, CONTRACT, DIRECT, NONFINITE, REFU
 from rescnn_verify.probes import as_input, positions, randomise
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Lists, Space
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import NotApplicable
+from rescnn_verify.subject import CONTEXTS, NotApplicable
 
 
 def _has_argument(target, invalid):
@@ -133,6 +133,7 @@ WRONG_SHAPES = (
     space=INPUTS.narrow(
         shape=Choice(*WRONG_SHAPES), batch=Integers(0, 8), length=Integers(1, 64),
         dtype=Choice("float32", "float64"), layout=Choice("contiguous"),
+        context=Choice(*CONTEXTS),
     ),
     needs=(CHECKED_INPUT,), inputs=16)  # fmt: skip
 def wrong_rank_or_channels_raise(subject, case):
@@ -159,7 +160,7 @@ def wrong_rank_or_channels_raise(subject, case):
         shape = (batch, channels + 2, length)
     model = subject.model(case)
     x = as_input(replace(case, layout="contiguous"), np.ones((2, 2, 2))).new_ones(shape)
-    with torch.no_grad():
+    with CONTEXTS[case["context"]]():
         error = refuses(lambda: subject.target.call(model, x), (Exception,), "forward")
     yield holds(
         error is not None,
@@ -172,7 +173,7 @@ def wrong_rank_or_channels_raise(subject, case):
 @statement(
     space=INPUTS.narrow(
         value=Choice(math.nan, math.inf), mode=Choice("eval"), batch=Integers(1, 8),
-        length=Integers(1, 600), layout=Choice("contiguous"),
+        length=Integers(1, 600), layout=Choice("contiguous"), context=Choice(*CONTEXTS),
     ),
     needs=(NONFINITE, DIRECT),
 )  # fmt: skip
@@ -194,7 +195,7 @@ def nan_and_infinity_come_out(subject, case):
     ]
     for place in places:
         values[place] = case["value"]
-    with torch.no_grad():
+    with CONTEXTS[case["context"]]():
         out = subject(model, as_input(case, values))
     for place in places:
         got = out[place].item()

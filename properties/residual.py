@@ -8,6 +8,7 @@ from rescnn_verify.networks import certify
 from rescnn_verify.probes import as_input, normal_input, zero_fusion
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
 from rescnn_verify.statement import statement
+from rescnn_verify.subject import CONTEXTS
 
 # float16 has a smallest positive value of 6e-8 and a largest of 65504.
 MAGNITUDE_IN_RANGE = Constraint(
@@ -23,11 +24,11 @@ ZEROED = INPUTS.narrow(
 )
 
 
-@statement(space=ZEROED, needs=(HANDLES, POST_ACTIVATION))
+@statement(space=ZEROED.narrow(context=Choice(*CONTEXTS)), needs=(HANDLES, POST_ACTIVATION))
 def zeroed_fusion_gives_relu(subject, case):
     """With every fusion zeroed the output is relu(x), bitwise, at any depth and in either mode."""
     model, x = _zeroed(subject, case)
-    with torch.no_grad():
+    with CONTEXTS[case["context"]]():
         out = subject(model, x)
     yield same_bits(out, torch.relu(x), "output with zeroed fusion, against relu(x)")
 
@@ -60,7 +61,7 @@ def _zeroed(subject, case):
 
 @statement(
     space=INPUTS.narrow(
-        mode=Choice("eval"), num_blocks=Integers(1, 7), batch=Integers(1, 33),
+        mode=Choice("eval"), num_blocks=Integers(1, 12), batch=Integers(1, 33),
         length=Integers(1, 1100),
     ),
     needs=(STACK, HANDLES, DIRECT),
@@ -72,7 +73,7 @@ def a_stack_is_the_composition_of_its_blocks(subject, case):
     by block, but not come out otherwise.
     """
     model = subject.model(case)
-    blocks = subject.handles(model, case)
+    blocks = subject.lone_blocks(model, case)
     found = certify(blocks, case, bits="forward_bits")
     if found is None:
         return

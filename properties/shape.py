@@ -6,6 +6,7 @@ from rescnn_verify.compare import equal, holds, same_bits
 from rescnn_verify.probes import normal_input
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
 from rescnn_verify.statement import statement
+from rescnn_verify.subject import CONTEXTS
 
 EMPTY_BATCHES_ONLY_IN_EVAL = Constraint(
     "an empty batch only in eval mode", lambda c: c.batch > 0 or c.mode == "eval"
@@ -13,7 +14,7 @@ EMPTY_BATCHES_ONLY_IN_EVAL = Constraint(
 FORWARD = INPUTS.narrow(EMPTY_BATCHES_ONLY_IN_EVAL)
 
 
-@statement(space=FORWARD, documented=True, inputs=16)
+@statement(space=FORWARD.narrow(context=Choice(*CONTEXTS)), documented=True, inputs=16)
 def shape_dtype_and_device_are_kept(subject, case):
     """The output has the promised shape and the input's dtype and device, whatever its layout.
 
@@ -22,7 +23,7 @@ def shape_dtype_and_device_are_kept(subject, case):
     """
     model = subject.model(case)
     x = normal_input(case)
-    with torch.no_grad():
+    with CONTEXTS[case["context"]]():
         out = subject(model, x)
     yield equal(
         tuple(out.shape),
@@ -43,30 +44,36 @@ def output_is_finite(subject, case):
     yield holds(bad == 0, "elements that are NaN or infinite", "0", str(bad))
 
 
-@statement(space=FORWARD.narrow(batch=Integers(1, 130)), effort=0.5, inputs=16)
+@statement(
+    space=FORWARD.narrow(batch=Integers(1, 130), context=Choice(*CONTEXTS)), effort=0.5, inputs=16
+)
 def output_shares_no_memory_with_the_input(subject, case):
     """Writing into the output changes neither the input nor a later output."""
     model = subject.model(case, mode="eval")
     x = normal_input(case)
     before = x.clone()
-    with torch.no_grad():
+    with CONTEXTS[case["context"]]():
         out = subject(model, x)
         first = out.clone()
-        out.fill_(3)
+        out.detach().fill_(3)
         yield same_bits(x, before, "input after writing into the output")
         yield same_bits(subject(model, x), first, "second output after writing into the first")
 
 
 @statement(
-    space=FORWARD.narrow(batch=Integers(1, 130), length=Integers(1, 600), mode=Choice("eval")),
-    effort=0.5,
+    space=FORWARD.narrow(
+        batch=Integers(1, 130), length=Integers(1, 600), context=Choice(*CONTEXTS),
+        second=Choice("another input", "the output"),
+    ),
+    effort=0.6,
     inputs=16,
-)
+)  # fmt: skip
 def earlier_outputs_stay(subject, case):
-    """A later call does not change the output of an earlier one."""
+    """A later call, on another input or on the output, changes no output of an earlier one."""
     model = subject.model(case)
-    with torch.no_grad():
+    with CONTEXTS[case["context"]]():
         out = subject(model, normal_input(case))
         first = out.clone()
-        subject(model, normal_input(case, "another input"))
+        chained = case["second"] == "the output" and tuple(out.shape) == case.shape
+        subject(model, out if chained else normal_input(case, "another input"))
     yield same_bits(out, first, "first output after a second call")

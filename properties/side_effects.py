@@ -33,7 +33,11 @@ def input_is_unchanged(subject, case):
 
 
 @statement(
-    space=SMALL.narrow(device=Choice("cpu"), layout=Choice("contiguous")), effort=0.4, inputs=16
+    space=SMALL.narrow(
+        device=Choice("cpu"), layout=Choice("contiguous"), context=Choice(*CONTEXTS)
+    ),
+    effort=0.4,
+    inputs=16,
 )
 def input_is_not_kept(subject, case):
     """After a call nothing keeps the input's memory: no attribute, view, cache or graph.
@@ -45,7 +49,7 @@ def input_is_not_kept(subject, case):
     x = torch.from_numpy(memory)
     x = x.view(DTYPES[case.dtype]) if case.dtype.endswith("16") else x
     x.copy_(normal_input(case))
-    with torch.no_grad():
+    with CONTEXTS[case["context"]]():
         subject(model, x)
     alive = weakref.ref(memory)
     del x, memory
@@ -96,7 +100,12 @@ def _field(subject, model, case):
     return attempt("claimed receptive field", lambda: claim(model, case.config))
 
 
-@statement(space=SMALL.narrow(layout=Choice("contiguous"), device=Choice("cpu")), effort=0.4)
+@statement(
+    space=SMALL.narrow(
+        layout=Choice("contiguous"), device=Choice("cpu"), context=Choice(*CONTEXTS)
+    ),
+    effort=0.4,
+)
 def no_global_seed_is_reset(subject, case):
     """Building and calling a model leaves every random generator where its own draws put it.
 
@@ -112,7 +121,7 @@ def no_global_seed_is_reset(subject, case):
         subject.set_mode(model, case.mode)
         x = as_input(case, case.rng("input").standard_normal(case.shape)).float().contiguous()
         seed_everything(start)
-        with torch.no_grad():
+        with CONTEXTS[case["context"]]():
             subject(model, x)
         after_calling.append(_draws())
     for what, (first, second) in (("building", after_building), ("a call", after_calling)):

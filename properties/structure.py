@@ -4,7 +4,6 @@ import inspect
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from rescnn_verify.compare import Falsified, attempt, equal, same_bits
 from rescnn_verify.needs import (
@@ -78,23 +77,20 @@ def blocks_are_separate(subject, case):
 def parameter_count_is_the_formula(subject, case):
     """Per block Σᵢ wᵢ(C·kᵢ + 2) + C(C + 2) parameters, and a bias for each convolution with one.
 
-    A parametrized tensor counts as itself, whatever it is computed from.
+    A tensor that a layer computes from other parameters counts as itself.
     """
     model = subject.model(case)
-    blocks = subject.handles(model, case)
-    biases = sum(
-        layer.conv.bias.numel()
-        for block in blocks
-        for layer in block.layers
-        if layer.conv.bias is not None
-    )
+    layers = [layer for block in subject.handles(model, case) for layer in block.layers]
+    biases = sum(layer.conv.bias.numel() for layer in layers if layer.conv.bias is not None)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    for module in (module for layer in layers for module in (layer.conv, layer.norm)):
+        shown = [t for t in (module.weight, module.bias) if t is not None]
+        computed = [t for t in shown if not isinstance(t, nn.Parameter)]
+        behind = [p for p in module.parameters() if not any(p is t for t in shown)]
+        if computed and behind:  # else they are views of what others own
+            counted += sum(t.numel() for t in computed) - sum(p.numel() for p in behind)
     c = case.channels
     branches = sum(w * (c * k + 2) for w, k in zip(case.widths, case.kernel_sizes, strict=True))
-    parametrized = [module for module in model.modules() if is_parametrized(module)]
-    behind = {p for module in parametrized for p in module.parametrizations.parameters()}
-    counted = sum(parameter.numel() for parameter in model.parameters() if parameter not in behind)
-    for module in parametrized:
-        counted += sum(getattr(module, name).numel() for name in module.parametrizations)
     yield equal(
         counted - biases,
         case.num_blocks * (branches + c * (c + 2)),

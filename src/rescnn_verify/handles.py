@@ -55,14 +55,14 @@ def fill(tensor: Tensor, values: np.ndarray) -> None:
 def put(module: nn.Module, name: str, values: np.ndarray) -> None:
     """Writes float64 values into a layer's tensor of that name; one that it has not stays so.
 
-    A parametrized tensor is computed whenever it is read, so it is assigned, and what stands behind
-    it follows.
+    One that is no parameter or buffer of the layer may be a view of one, or computed whenever it is
+    read or before every call: it is written in place, or else assigned, whichever it keeps.
 
     Args:
         values: of the tensor's shape, or of one that broadcasts to it.
 
     Raises:
-        NotApplicable: the tensor cannot be assigned, or holds something else afterwards.
+        NotApplicable: the layer does not keep it.
     """
     tensor = getattr(module, name)
     if tensor is None:
@@ -70,14 +70,28 @@ def put(module: nn.Module, name: str, values: np.ndarray) -> None:
     if name in module._parameters or name in module._buffers:
         fill(tensor, values)
         return
-    with torch.no_grad():
-        fill(wanted := torch.empty_like(tensor), values)
-        try:
+    fill(wanted := torch.empty_like(tensor), values)
+    fill(tensor, values)
+    if _keeps(module, name, wanted):
+        return
+    own = name in vars(module)
+    try:
+        with torch.no_grad():
             setattr(module, name, wanted)
-        except Exception as error:
-            raise NotApplicable(f"a layer's {name} cannot be set: {describe(error)}") from error
-        if not torch.equal(getattr(module, name), wanted):
-            raise NotApplicable(f"a layer's {name} cannot be set to every value")
+    except Exception as error:
+        raise NotApplicable(f"a layer's {name} cannot be set: {describe(error)}") from error
+    if not _keeps(module, name, wanted):
+        if not own:
+            vars(module).pop(name, None)  # it would hide the one that is computed
+        raise NotApplicable(f"a layer's {name} cannot be set to every value")
+
+
+def _keeps(module: nn.Module, name: str, wanted: Tensor) -> bool:
+    """Whether a layer has these values, after a call, too, if something happens before calls."""
+    with torch.no_grad():
+        if module._forward_pre_hooks and isinstance(module, nn.Conv1d):
+            module(wanted.new_zeros(1, module.in_channels, 1))
+        return torch.equal(getattr(module, name), wanted)
 
 
 def contract_handles(model: nn.Module, config: Config) -> tuple[BlockHandles, ...]:

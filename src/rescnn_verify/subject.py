@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -138,6 +139,38 @@ class Subject:
                 tuple(out.shape), expected, f"output shape for an input of shape {tuple(x.shape)}"
             )
         return out
+
+    def lone_blocks(self, model: nn.Module, case: Case) -> tuple[BlockHandles, ...]:
+        """The blocks of a model in eval mode, for properties that call each alone.
+
+        Raises:
+            NotApplicable: the model hands its blocks something else than its input, such as a
+                transposed one.
+        """
+        blocks = self.handles(model, case)
+        shape = (2, case.channels, 3)
+        probe = torch.arange(math.prod(shape), dtype=DTYPES[case.dtype], device=case.device)
+        probe = probe.reshape(shape)
+        given: dict[int, Any] = {}
+
+        def note(place: int, inputs: tuple[Any, ...]) -> None:
+            given.setdefault(place, inputs[0].clone() if inputs else None)
+
+        hooks = [
+            block.module.register_forward_pre_hook(lambda _, inputs, i=i: note(i, inputs))
+            for i, block in enumerate(blocks)
+            if block.module is not None
+        ]
+        try:
+            with torch.no_grad():
+                self(model, probe)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        alike = all(isinstance(x, Tensor) and x.shape == probe.shape for x in given.values())
+        if not alike or not torch.equal(given.get(0, probe), probe):
+            raise NotApplicable("the blocks are not made for the model's own input")
+        return blocks
 
     def run_block(self, block: BlockHandles, x: Tensor) -> Tensor:
         """The output of one block called alone.

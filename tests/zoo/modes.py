@@ -459,3 +459,39 @@ class SharedPadding(Stack):
                 padded = PADDED[key] = x.new_zeros(shape)
             padded[:, :, side : side + x.shape[2]] = x
             return F.conv1d(padded, conv.weight, conv.bias)
+
+
+@wrong("modes", "in inference mode a block returns the same memory for every input of a shape")
+class ReturnsItsBuffer(Stack):
+    class Block(Block):
+        def build(self):
+            super().build()
+            self.kept = {}
+
+        def activate(self, y):
+            if not torch.is_inference_mode_enabled():
+                return torch.relu(y)
+            out = self.kept.setdefault((y.shape, y.dtype), torch.empty_like(y))
+            return torch.clamp(y, min=0, out=out)
+
+
+@wrong(
+    "modes", "frozen weights that inference mode has folded are taken where gradients are wanted"
+)
+class KeepsInferenceTensors(Stack):
+    class Block(Block):
+        def build(self):
+            super().build()
+            self.folds = {}
+
+        def normalise(self, norm, x):
+            tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            if norm.training or any(t.requires_grad for t in tensors):
+                return norm(x)
+            now = [t.detach().clone() for t in tensors]
+            before, fold = self.folds.get((norm, x.dtype), ((), ()))
+            if len(before) == 0 or not all(map(torch.equal, before, now)):
+                scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+                fold = scale[:, None], (norm.bias - norm.running_mean * scale)[:, None]
+                self.folds[norm, x.dtype] = now, fold
+            return x * fold[0] + fold[1]

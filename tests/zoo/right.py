@@ -609,3 +609,45 @@ class Parametrized(Stack):
         def make_conv(self, width, kernel):
             conv = super().make_conv(width, kernel)
             return register_parametrization(conv, "weight", Mirrored())
+
+
+class TapsFirst(nn.Conv1d):
+    """A convolution that stores its kernel as (taps, in, out) and shows it as the usual weight."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        weight = self._parameters.pop("weight")
+        self.taps = nn.Parameter(weight.detach().permute(2, 1, 0).contiguous())
+
+    @property
+    def weight(self) -> Tensor:
+        return self.taps.permute(2, 1, 0)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.register_parameter("weight", value)
+
+
+@right("the convolutions show a view of what they store")
+class ViewsOfParameters(Stack):
+    class Block(Block):
+        def make_conv(self, width, kernel):
+            return TapsFirst(self.channels, width, kernel, padding=kernel // 2)
+
+
+@right("blocks that take (length, batch, channels), and a state of its own besides the tensors")
+class LengthFirst(Stack):
+    class Block(Block):
+        def forward(self, x):
+            return super().forward(x.permute(1, 2, 0)).permute(2, 0, 1)
+
+    def forward(self, x):
+        self.blocks[0].check_input(x)
+        return super().forward(x.permute(2, 0, 1)).permute(1, 2, 0)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"format": 2}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        if state != {"format": 2}:
+            raise ValueError(f"the state's format must be 2, got {state}")
