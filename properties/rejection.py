@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -120,6 +121,58 @@ def _names_its_reason(error, names, value, what):
             re.search(rf"(?<![\w.]){re.escape(form)}(?![\w.]*\w)", text) for form in spelled
         )
         yield holds(named, f"{what}: message", f"it gives the value {value!r}", repr(text))
+
+
+@statement(
+    space=Space(
+        kind=Choice("int", "int64", "int32", "int16", "uint8", "int8"),
+        kernels=Choice("list", "array", "tensor", "generator"), seed=INPUTS.get("seed"),
+    ),
+    needs=(CONTRACT,),
+)  # fmt: skip
+def integers_of_other_kinds_are_refused_or_honoured(subject, case):
+    """NumPy's integers, and kernels in an array, a tensor or a generator, mean what Python's mean.
+
+    Or they are refused, in whatever way. Narrow ones overflow where 127 or 255 is exceeded on the way, in the
+    receptive field first, and what is changed by the caller later changes nothing.
+    """
+    most = 2**63 - 1 if case["kind"] == "int" else np.iinfo(case["kind"]).max
+    if max(case.channels, *case.kernel_sizes) > most:
+        return
+    number = int if case["kind"] == "int" else getattr(np, case["kind"])
+    sizes = [number(size) for size in case.kernel_sizes]
+    dtype = None if case["kind"] == "int" else case["kind"]
+    kernels = {
+        "list": sizes,
+        "array": np.array(case.kernel_sizes, dtype),
+        "tensor": torch.from_numpy(np.array(case.kernel_sizes, dtype)),
+        "generator": iter(sizes),
+    }[case["kernels"]]
+    arguments = {"channels": number(case.channels), "kernel_sizes": kernels, "dropout": 0.0}
+    if subject.target.kind == "stack":
+        arguments["num_blocks"] = number(case.num_blocks)
+    models = []
+
+    def build():
+        with np.errstate(over="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            models.append(subject.target.constructor(**arguments))
+
+    what = f"building with {case['kind']} and kernels in a {case['kernels']}"
+    if refuses(build, (Exception,), what) is not None:
+        yield holds(True, what, "a refusal, or a model", "a refusal")
+        return
+    model = subject.set_mode(models[0].double(), "eval")
+    plain = subject.set_mode(subject.build(replace(case, dropout=0.0)).double(), "eval")
+    attempt("load_state_dict", lambda: model.load_state_dict(plain.state_dict()))
+    if case["kernels"] in ("array", "tensor"):
+        kernels[:] = 1
+    x = torch.from_numpy(case.rng("input").standard_normal((2, case.channels, 9)))
+    with torch.no_grad():
+        yield same_bits(subject(model, x), subject(plain, x), f"output after {what}")
+    if (claim := subject.target.claims.get("receptive field")) is not None:
+        claimed = attempt("claimed receptive field", lambda: int(claim(model, case.config)))
+        yield equal(claimed, case.field, f"claimed receptive field after {what}")
 
 
 WRONG_SHAPES = (

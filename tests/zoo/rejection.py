@@ -282,3 +282,14 @@ class ChecksOnce(Stack):
                 super().validate(*asked)
                 cls.accepted.add(asked)
             return int(channels), tuple(map(int, asked[1])), float(dropout)
+
+
+@wrong("rejection", "the kernels' integers are kept in the caller's type, where products overflow")
+class KeepsNarrowIntegers(Stack):
+    def __init__(self, channels=512, num_blocks=3, kernel_sizes=(3, 5, 7), dropout=0.1):
+        kernel_sizes = tuple(kernel_sizes)
+        super().__init__(channels, num_blocks, kernel_sizes, dropout)
+        self.asked = num_blocks, max(kernel_sizes)
+
+    def get_receptive_field(self):
+        return 1 + self.asked[0] * (self.asked[1] - 1)
