@@ -9,7 +9,17 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis.errors import NoSuchExample
 
 from rescnn_verify.case import Case, Config
-from rescnn_verify.drawing import LAYERS, RandomDraw, draw_trial, layers
+from rescnn_verify.drawing import (
+    LARGE_CONFIG,
+    LARGE_VALUES,
+    LAYERS,
+    NoCase,
+    RandomDraw,
+    draw_large,
+    draw_trial,
+    layers,
+    multiply_adds,
+)
 from rescnn_verify.space import ARCHITECTURES, INPUTS, Choice, Constraint, Integers
 from rescnn_verify.strategies import (
     batches,
@@ -370,3 +380,31 @@ def test_arguments_with_defaults_are_keyword_only():
     for strategy in (lengths, batches, num_blocks, kernel_sizes):
         with pytest.raises(TypeError, match="positional"):
             strategy(1)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_large_cases_are_large_and_cheap(mode):
+    space = (ARCHITECTURES * INPUTS).narrow(mode=Choice(mode), length=Integers(1, 600))
+    draw = RandomDraw(0)
+    cases = [draw_large(draw, space) for _ in range(200)]
+    fewest, most = LARGE_VALUES
+    for case in cases:
+        assert case in space
+        # A length times a batch may be a little less than what was asked for.
+        assert fewest / 2 <= case.batch * case.channels * case.length <= most
+        assert multiply_adds(case.config) <= LARGE_CONFIG
+    assert {case.mode for case in cases} == {mode}
+    assert len({case.config for case in cases}) > 100
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"length": Integers(1, 20)},  # too small
+        {"length": Integers(2000, 4200), "batch": Integers(100, 260)},  # all of it is large
+        {"length": Choice(960)},
+    ],
+)
+def test_a_space_may_have_no_large_cases_of_its_own(factors):
+    with pytest.raises(NoCase):
+        draw_large(RandomDraw(0), (ARCHITECTURES * INPUTS).narrow(**factors))

@@ -10,7 +10,7 @@ import functools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Protocol, TypeVar, cast
 
 from rescnn_verify.case import Case, Config
@@ -146,7 +146,7 @@ def draw_large(draw: Draw, space: Space) -> Case:
     if length.low * batch.low >= fewest / 2:
         raise NoCase  # all of its cases are large
     try:
-        space = space.narrow(channels=Integers(1, 8), num_blocks=Integers(1, 2))
+        space = space.narrow(channels=Integers(1, 12), num_blocks=Integers(1, 2))
         # Two in three are of a wide dtype, in which more can be compared exactly.
         wide = draw.integer(0, 2)
         space = space.narrow(dtype=Choice("float32", "float64")) if wide else space
@@ -176,12 +176,16 @@ def draw_config(draw: Draw, space: Space) -> Config:
     """An architecture configuration of a space with at least one channel for each branch."""
     values: dict[str, Any] = {}
     options: list[tuple[str, Any]] = []
+    width = space.get("channels")
     for name, factor in space.factors:
+        if isinstance(factor, Lists) and name == "kernel_sizes" and width is not None:
+            # No more branches than the space has channels for.
+            factor = replace(factor, high=max(factor.low, min(factor.high, _most(width))))
         if name.startswith("option."):
             options.append((name.removeprefix("option."), draw_value(draw, name, factor)))
         elif architectural(name) and name != "channels":
             values[name] = draw_value(draw, name, factor)
-    if (width := space.get("channels")) is not None:
+    if width is not None:
         count = len(values.get("kernel_sizes", Config.kernel_sizes))
         values["channels"] = _until(
             lambda: draw_channels(draw, width, count), lambda channels: channels >= count
@@ -318,6 +322,13 @@ def _least(factor: Factor | None) -> int:
     if isinstance(factor, Integers):
         return max(1, factor.low)
     return max(1, min(factor.values)) if isinstance(factor, Choice) else 1
+
+
+def _most(factor: Factor) -> int:
+    """The largest value of a number of something."""
+    if isinstance(factor, Choice):
+        return int(max(factor.values))
+    return int(factor.high) if isinstance(factor, Integers | Floats) else 1
 
 
 def _fewest_layers(space: Space) -> int:

@@ -332,11 +332,16 @@ class _Run:
 
     def _large(self, over: Callable[[], bool]) -> None:
         draw = RandomDraw(~self.seed)
-        for _ in range(self.search.large):
+        mode = self.space.get("mode")
+        modes = mode.values if isinstance(mode, Choice) else ()
+        for number in range(self.search.large):
+            space = self.space
+            if modes:  # in turn, as the cases are few
+                space = space.narrow(mode=Choice(modes[number % len(modes)]))
             try:
-                case = draw_large(draw, self.space)
+                case = draw_large(draw, space)
             except NoCase:
-                return
+                continue
             self._examine(self._in_shard((case,)), over)
 
     def _drawn(self, over: Callable[[], bool]) -> None:

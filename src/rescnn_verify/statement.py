@@ -131,7 +131,7 @@ def statement(
     work: int = WORK,
     effort: float = 1.0,
     inputs: int = 4,
-    large: int = 4,
+    large: int = 6,
     slow: bool = False,
     exhaustive: bool = False,
 ) -> Callable[[Check], Property]:
