@@ -98,10 +98,13 @@ def only_the_state_counts(subject, case):
     """
     used = subject.model(case)
     randomise(used, case.rng("weights"))
-    used.requires_grad_(not case["frozen"])
+    if case["frozen"]:
+        used.requires_grad_(False)
     used = live(subject, used, case, case["history"], case["context"])
-    new = subject.set_mode(subject.build(case), "eval").requires_grad_(not case["frozen"])
-    used.requires_grad_(not case["frozen"])
+    new = subject.set_mode(subject.build(case), "eval")
+    if case["frozen"]:  # weights that were loaded by assignment, too
+        used.requires_grad_(False)
+        new.requires_grad_(False)
     state = whole_state(used)
     attempt("load_state_dict", lambda: new.load_state_dict(state))
     yield equal(_claims(subject, used, case), _claims(subject, new, case), "what the model claims")

@@ -330,8 +330,7 @@ def the_state_dict_names_every_tensor(subject, case):
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     tensors = {name: tensor for name, tensor in tensors.items() if name not in passing}
     state = model.state_dict()
-    names = {name for name in state if not name.endswith("_extra_state")}
-    yield equal(names, set(tensors), "names in the state_dict")
+    yield equal(set(state_of(model)), set(tensors), "names in the state_dict")
     for name, tensor in tensors.items():
         yield equal(state[name].data_ptr(), tensor.data_ptr(), f"memory of {name}")
 

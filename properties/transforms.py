@@ -18,7 +18,7 @@ from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import as_input, normal_input, randomise, set_norm, state_of
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import NotApplicable, compiled, seed_torch
+from rescnn_verify.subject import NotApplicable, NothingCompiledError, compiled, seed_torch
 
 REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT)
 EVAL = INPUTS.narrow(
@@ -119,7 +119,12 @@ def folded_norms_are_the_same_function(subject, case):
     yield from _same_function(subject, case, folded, "folding the norms", prepare=_fold_all)
 
 
-@statement(space=EVAL.narrow(dtype=INPUTS.get("dtype")), needs=REFERENCE, work=2**15, effort=0.3)
+@statement(
+    space=INPUTS.narrow(mode=Choice("eval"), batch=Integers(1, 5), length=Integers(1, 100)),
+    needs=REFERENCE,
+    work=2**15,
+    effort=0.3,
+)
 def forward_derivatives_are_those_of_the_backward_pass(subject, case):
     """`torch.func.jvp` gives J·u with ⟨v, J·u⟩ = ⟨Jᵀv, u⟩, exactly on a certified integer network.
 
@@ -133,12 +138,12 @@ def forward_derivatives_are_those_of_the_backward_pass(subject, case):
     if found is None:
         return
     u = as_input(case, case.rng("tangent").integers(-1, 2, case.shape).astype(np.float64))
-    with _supported("forward-mode derivatives"):
+    with _supported("forward-mode derivatives"), torch.enable_grad():
         out, tangent = torch.func.jvp(
             lambda x: subject.target.call(model, x), (as_input(case, found.x),), (u,)
         )
     yield same_values(out, found.expected.out, "output beside its forward derivative")
-    got = tangent.cpu().double().numpy() * found.v
+    got = tangent.detach().cpu().double().numpy() * found.v
     expected = found.expected.input_gradient * u.cpu().double().numpy()
     yield equal(math.fsum(got.flat), math.fsum(expected.flat), "⟨v, J·u⟩, against ⟨Jᵀv, u⟩")
 
@@ -235,6 +240,10 @@ def _supported(name):
     try:
         with torch.no_grad():
             yield
+    except NothingCompiledError:
+        with compiled(nn.Identity(), "eager") as nothing:  # raises where nothing at all compiles
+            nothing(torch.zeros(1))
+        raise NotApplicable(f"the target does not support {name}: nothing is compiled") from None
     except Exception as error:
         raise NotApplicable(f"the target does not support {name}: {describe(error)}") from error
 

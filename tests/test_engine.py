@@ -24,7 +24,7 @@ from rescnn_verify.outcome import (
 )
 from rescnn_verify.space import INPUTS, value
 from rescnn_verify.statement import all_properties, find_property, statement
-from rescnn_verify.subject import NotApplicable
+from rescnn_verify.subject import NotApplicable, Subject
 from rescnn_verify.target import TargetError, contract_target
 from rescnn_verify.trial import run_trial
 from tests.zoo.right import SharedWorkspace
@@ -333,3 +333,28 @@ def test_no_statement_is_true_of_an_output_of_another_shape(wrong, name):
     prop = find_property(name)
     outcome = check_property(prop, contract_target(wrong, "w"), profile=QUICK, seed=0)
     assert (outcome.verdict, outcome.what.partition(" for an")[0]) == (FALSIFIED, "output shape")
+
+
+def test_a_case_from_before_a_property_had_a_factor_gets_its_first_value():
+    seen = []
+
+    def check(subject, case):
+        seen.append((case["how"], case["much"]))
+        yield equal(1, 1, "one")
+
+    prop = statement(space=SMALL.narrow(how=Choice("a", "b"), much=Choice(2, 1)))(check)
+    run_trial(prop, STACK, (Case(), Case(extra=(("much", 1),))))
+    assert seen == [("a", 2), ("a", 1)]
+
+
+def test_blocks_are_called_alone_unless_they_take_another_layout():
+    case = Case(channels=2, length=5)
+    subject = Subject(STACK)
+    model = subject.model(case)
+    block = model.blocks[0]
+    model.forward = lambda x: block(x * 0.5)  # wrong, and to be compared with its block
+    assert subject.lone_blocks(model, case) == subject.handles(model, case)
+    block.forward = lambda x: x
+    model.forward = lambda x: block(x.transpose(1, 2)).transpose(1, 2)
+    with pytest.raises(NotApplicable, match="not made for the model's own input"):
+        subject.lone_blocks(model, case)

@@ -137,21 +137,25 @@ def draw_large(draw: Draw, space: Space) -> Case:
     save memory, or to work in parallel.
 
     Raises:
-        NoCase: the space has no case of half as many values, or no other.
+        NoCase: the space has none, or all of its cases are as large.
     """
     length, batch = space.get("length"), space.get("batch")
     if not isinstance(length, Integers) or not isinstance(batch, Integers):
         raise NoCase
     fewest, most = LARGE_VALUES
     if length.low * batch.low >= fewest / 2:
-        raise NoCase  # all of its cases are large
-    try:
-        space = space.narrow(channels=Integers(1, 12), num_blocks=Integers(1, 2))
+        raise NoCase
+    small: dict[str, Factor] = {"channels": Integers(1, 8), "num_blocks": Integers(1, 2)}
+    if draw.integer(0, 2):
         # Two in three are of a wide dtype, in which more can be compared exactly.
-        wide = draw.integer(0, 2)
-        space = space.narrow(dtype=Choice("float32", "float64")) if wide else space
-    except SpaceError:
-        raise NoCase from None
+        small["dtype"] = Choice("float32", "float64")
+    for name, factor in small.items():
+        if space.get(name) is not None:
+            try:
+                space = space.narrow(**{name: factor})
+            except SpaceError:
+                if name != "dtype":
+                    raise NoCase from None
     config = _until(
         lambda: draw_config(draw, space), lambda config: multiply_adds(config) <= LARGE_CONFIG
     )
@@ -161,13 +165,14 @@ def draw_large(draw: Draw, space: Space) -> Case:
         raise NoCase
     shortest = max(length.low, -(-positions // batch.high))
     longest = max(shortest, min(length.high, positions))
-    size = int(2 ** draw.real(math.log2(shortest), math.log2(longest)))
+    size = round(2 ** draw.real(math.log2(shortest), math.log2(longest)))
+    size = max(shortest, min(longest, size))
     sizes = {"length": size, "batch": max(batch.low, min(batch.high, positions // size))}
     return cast(
         Case,
         _until(
             lambda: _draw_case(draw, config, sizes, ("length", "batch"), space, 0),
-            space.meets_constraints,
+            lambda case: case in space,
         ),
     )
 

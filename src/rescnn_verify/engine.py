@@ -331,7 +331,7 @@ class _Run:
             self.sampled += self.tally.assertions > before
 
     def _large(self, over: Callable[[], bool]) -> None:
-        draw = RandomDraw(~self.seed)
+        draw = RandomDraw(_digest(f"{self.seed}/large"))
         mode = self.space.get("mode")
         modes = mode.values if isinstance(mode, Choice) else ()
         for number in range(self.search.large):
@@ -341,7 +341,7 @@ class _Run:
             try:
                 case = draw_large(draw, space)
             except NoCase:
-                continue
+                continue  # most spaces have none
             self._examine(self._in_shard((case,)), over)
 
     def _drawn(self, over: Callable[[], bool]) -> None:
@@ -516,5 +516,8 @@ def documented_case(target: Target, space: Space) -> Case:
 
 
 def _seed_for(prop: Property, seed: int) -> int:
-    digest = hashlib.sha256(f"{seed}/{prop.name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little")
+    return _digest(f"{seed}/{prop.name}")
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -1,8 +1,8 @@
 """Fuzzing: rounds over all properties until the time is up.
 
-Each round runs every property on a few more cases, from three sources that reach different corners:
-uniform samples, what Hypothesis draws, and the smallest cases one after the other. The properties
-that met the most that was new come first in the next round.
+Each round runs every property on a few more cases, from four sources that reach different corners:
+uniform samples, large cases, what Hypothesis draws, and the smallest cases one after the other. The
+properties that met the most that was new come first in the next round.
 """
 
 from __future__ import annotations

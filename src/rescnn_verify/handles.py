@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,7 +72,8 @@ def put(module: nn.Module, name: str, values: np.ndarray) -> None:
         fill(tensor, values)
         return
     fill(wanted := torch.empty_like(tensor), values)
-    fill(tensor, values)
+    with suppress(Exception):  # as of one that is expanded
+        fill(tensor, values)
     if _keeps(module, name, wanted):
         return
     own = name in vars(module)
@@ -89,9 +91,11 @@ def put(module: nn.Module, name: str, values: np.ndarray) -> None:
 def _keeps(module: nn.Module, name: str, wanted: Tensor) -> bool:
     """Whether a layer has these values, after a call, too, if something happens before calls."""
     with torch.no_grad():
+        parameter = next(module.parameters(), wanted)
         if module._forward_pre_hooks and isinstance(module, nn.Conv1d):
-            module(wanted.new_zeros(1, module.in_channels, 1))
-        return torch.equal(getattr(module, name), wanted)
+            with suppress(Exception):  # what happens before the call counts
+                module(parameter.new_zeros(1, module.in_channels, module.kernel_size[0]))
+        return torch.equal(getattr(module, name).to(wanted), wanted)
 
 
 def contract_handles(model: nn.Module, config: Config) -> tuple[BlockHandles, ...]:

@@ -26,7 +26,7 @@ __all__ = [
 ANOTHER = Need("another implementation (--against)", lambda t: t.twin is not None)
 HANDLES = Need("handles of the blocks (Target.handles)", lambda t: t.handles is not None)
 CONTRACT = Need("the whole reference contract (a bare class)", lambda t: t.follows_contract)
-STACK = Need("a stack of blocks (kind='stack')", lambda t: t.kind == "stack")
+STACK = Need("a stack of blocks (a bare class with num_blocks)", lambda t: t.kind == "stack")
 FIELD = Need(
     "a known, bounded receptive field (Target.receptive_field)",
     lambda t: t.receptive_field is not None,

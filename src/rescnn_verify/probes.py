@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,16 +77,19 @@ def as_input(case: Case, values: np.ndarray) -> Tensor:
     return tensor
 
 
-def whole_state(model: nn.Module) -> dict[str, Any]:
+def whole_state(model: nn.Module) -> Mapping[str, Any]:
     """A copy of the state_dict, as it can be loaded."""
-    state = model.state_dict()
-    return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
+    state = model.state_dict()  # a mapping that also has its modules' versions
+    for name, value in state.items():
+        state[name] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    return state
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the tensors in the state_dict; a module's extra state, which may be anything, is
     left out."""
-    return {k: v for k, v in whole_state(model).items() if not k.endswith("_extra_state")}
+    state = whole_state(model)
+    return {k: v for k, v in state.items() if k.rpartition(".")[2] != "_extra_state"}
 
 
 def normal_input(case: Case, purpose: str = "input") -> Tensor:

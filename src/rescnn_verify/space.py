@@ -199,6 +199,11 @@ def architectural(name: str) -> bool:
     return name in _CONFIG_FIELDS or name.startswith("option.")
 
 
+def is_of_case(name: str) -> bool:
+    """Whether the factor ``name`` is a field of every case or an option, not a property's own."""
+    return name in _CASE_FIELDS or name.startswith("option.")
+
+
 def _common(name: str, a: Factor, b: Factor) -> Factor:
     common: Factor | None = None
     if isinstance(a, Choice):

@@ -144,8 +144,8 @@ class Subject:
         """The blocks of a model in eval mode, for properties that call each alone.
 
         Raises:
-            NotApplicable: the model hands its blocks something else than its input, such as a
-                transposed one.
+            NotApplicable: the model hands its blocks something of another shape, or its input's
+                values in another order.
         """
         blocks = self.handles(model, case)
         shape = (2, case.channels, 3)
@@ -153,11 +153,13 @@ class Subject:
         probe = probe.reshape(shape)
         given: dict[int, Any] = {}
 
-        def note(place: int, inputs: tuple[Any, ...]) -> None:
+        def note(place: int, inputs: list[Any]) -> None:
             given.setdefault(place, inputs[0].clone() if inputs else None)
 
         hooks = [
-            block.module.register_forward_pre_hook(lambda _, inputs, i=i: note(i, inputs))
+            block.module.register_forward_pre_hook(
+                lambda _, inputs, named, i=i: note(i, [*inputs, *named.values()]), with_kwargs=True
+            )
             for i, block in enumerate(blocks)
             if block.module is not None
         ]
@@ -168,7 +170,10 @@ class Subject:
             for hook in hooks:
                 hook.remove()
         alike = all(isinstance(x, Tensor) and x.shape == probe.shape for x in given.values())
-        if not alike or not torch.equal(given.get(0, probe), probe):
+        first = given.get(0, probe)
+        permuted = alike and not torch.equal(first, probe)
+        permuted = permuted and torch.equal(first.flatten().sort()[0], probe.flatten().sort()[0])
+        if not alike or permuted:
             raise NotApplicable("the blocks are not made for the model's own input")
         return blocks
 

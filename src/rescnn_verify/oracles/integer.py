@@ -154,7 +154,7 @@ def outputs_of_prefixes(
     """
     reach = sum(max(b.weight.shape[2] for b in block.branches) // 2 for block in network)
     batch, channels, _ = x.shape
-    width = max(2 * reach, 1)
+    width = max(1, min(2 * reach, max(lengths)))
     ends = np.zeros((len(lengths), batch, channels, width))
     present = np.zeros((len(lengths), batch, 1, width))
     for i, length in enumerate(lengths):
