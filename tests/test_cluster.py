@@ -74,8 +74,16 @@ def started(folder, workers):
         daemon("distributed.cli.dask_worker", *options, SECONDS_TO_BUILD="0.01")
         for _ in range(workers)
     ]
-    address = wait_for(lambda: file.exists() and json.loads(file.read_text())["address"], scheduler)
+    address = wait_for(lambda: _address_in(file), scheduler)
     return address, scheduler, crew
+
+
+def _address_in(file):
+    """The scheduler's address, None as long as it has not written its file to the end."""
+    try:
+        return json.loads(file.read_text())["address"]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 @pytest.fixture(scope="module")

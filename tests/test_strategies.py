@@ -328,7 +328,7 @@ def sampled():
 @functools.cache
 def searched():
     # Several runs, as one keeps varying what it found first.
-    return [case for seed in range(4) for case in drawn_by_hypothesis(cases(), 400, seed)]
+    return [case for seed in range(8) for case in drawn_by_hypothesis(cases(), 400, seed)]
 
 
 def share(predicate, found):
