@@ -289,7 +289,7 @@ def the_chain_rule_holds_over_blocks(subject, case):
         mode=Choice("eval"), dtype=WIDE, batch=Integers(1, 5), length=Integers(1, 80),
     ),
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
-    work=2**15, effort=0.6)  # fmt: skip
+    work=2**15, effort=1.0)  # fmt: skip
 def finite_differences_are_exact(subject, case):
     """On an integer network f(x + d) − f(x) = J·d exactly while no ReLU switches, and so ⟨Jᵀv, d⟩.
 

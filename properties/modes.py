@@ -28,7 +28,7 @@ from rescnn_verify.probes import (
 )
 from rescnn_verify.space import INPUTS, LARGE, Choice, Constraint, Integers, Lists, Space
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import CONTEXTS, NotApplicable, seed_torch
+from rescnn_verify.subject import CONTEXTS, DTYPES, NotApplicable, seed_torch
 
 FORWARD = INPUTS.narrow(batch=Integers(1, 130), length=Integers(1, 600))
 EVAL = FORWARD.narrow(mode=Choice("eval"))
@@ -141,6 +141,37 @@ def an_edit_is_seen(subject, case):
     with CONTEXTS[case["context"]]():
         expected = subject(new, x)
     yield same_bits(out, expected, "output of an edited model, against a new one")
+
+
+@statement(
+    space=EVAL.narrow(
+        to=Choice("float32", "float64"), dtype=Choice("bfloat16", "float16", "float32"),
+        batch=Integers(1, 4), length=Integers(1, 64), context=Choice("no_grad", "inference_mode"),
+    ),
+    inputs=8,
+    effort=0.3,
+)  # fmt: skip
+def a_cast_is_seen(subject, case):
+    """A model that was called before it is moved to a wider dtype is then as one that was not.
+
+    To the bit: both have the same state, and move it in the same way.
+    """
+    wider = replace(case, dtype=case["to"])
+    if case.dtype == case["to"] or not subject.target.promises(wider):
+        return
+    used, new = subject.model(case), subject.set_mode(subject.build(case), "eval")
+    randomise(used, case.rng("weights"))
+    state = whole_state(used)
+    attempt("load_state_dict", lambda: new.load_state_dict(state))
+    outputs = []
+    with CONTEXTS[case["context"]]():
+        subject(used, normal_input(case))
+    for model in (new, used):
+        attempt(f"moving to {wider.dtype}", lambda model=model: model.to(DTYPES[wider.dtype]))
+        with CONTEXTS[case["context"]]():
+            outputs.append(subject(model, normal_input(wider)))
+    attempt(f"moving back to {case.dtype}", lambda: used.to(DTYPES[case.dtype]))
+    yield same_bits(outputs[1], outputs[0], f"output in {wider.dtype} of a model that was called")
 
 
 def _claims(subject, model, case):
