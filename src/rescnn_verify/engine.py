@@ -507,12 +507,7 @@ def documented_case(target: Target, space: Space) -> Case:
             case = replace(case, **{name: factor.values[0]})
     if isinstance(length := space.get("length"), Integers):
         case = replace(case, length=min(max(length.low, 960), length.high))
-    extra = [
-        (name, factor.values[0])
-        for name, factor in space.factors
-        if isinstance(factor, Choice) and not hasattr(case, name) and "." not in name
-    ]
-    return replace(case, extra=tuple(sorted(extra)))
+    return space.completed(case)
 
 
 def _seed_for(prop: Property, seed: int) -> int:

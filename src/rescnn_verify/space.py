@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rescnn_verify.case import Case, Config
@@ -163,6 +163,21 @@ class Space:
     def meets_constraints(self, case: Case) -> bool:
         return all(constraint.holds(case) for constraint in self.where)
 
+    def completed(self, case: Case) -> Case:
+        """The case with the first value of each further choice that it does not name."""
+        named = dict(case.extra)
+        missing = {
+            name: factor.values[0]
+            for name, factor in self.factors
+            if isinstance(factor, Choice)
+            and name not in named
+            and name not in _CASE_FIELDS
+            and not architectural(name)
+        }
+        if not missing:
+            return case
+        return replace(case, extra=tuple(sorted((named | missing).items())))
+
     def __contains__(self, case: object) -> bool:
         if not isinstance(case, Case):
             return False
@@ -197,11 +212,6 @@ def value(case: Case, name: str) -> Any:
 def architectural(name: str) -> bool:
     """Whether the factor ``name`` belongs to the configuration rather than to the input."""
     return name in _CONFIG_FIELDS or name.startswith("option.")
-
-
-def is_of_case(name: str) -> bool:
-    """Whether the factor ``name`` is a field of every case or an option, not a property's own."""
-    return name in _CASE_FIELDS or name.startswith("option.")
 
 
 def _common(name: str, a: Factor, b: Factor) -> Factor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,7 +13,6 @@ from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import Falsified, describe
 from rescnn_verify.coverage import pairs_of
 from rescnn_verify.journal import Journal
-from rescnn_verify.space import Choice, Space, is_of_case
 from rescnn_verify.statement import Property
 from rescnn_verify.subject import NotApplicable, Subject, has_onednn, onednn
 from rescnn_verify.target import Target, TargetError
@@ -63,7 +62,7 @@ def run_trial(
     """
     subject = Subject(target)
     for i, given in enumerate(trial):
-        case = _completed(given, prop.space)
+        case = prop.space.completed(given)  # it may be older than one of the factors
         if tally is not None:
             tally.cases += 1
             tally.architectures.add(case.config)
@@ -90,20 +89,6 @@ def run_trial(
             if not _raised_in(error, target.source_files):
                 raise
             raise Falsified("the target's code", "no exception", describe(error)) from error
-
-
-def _completed(case: Case, space: Space) -> Case:
-    """The case with the first value of each further choice that it does not name.
-
-    Such as one that was kept before the property had the factor.
-    """
-    if len(case.extra) >= sum(not is_of_case(name) for name, _ in space.factors):
-        return case
-    named = dict(case.extra)
-    for name, factor in space.factors:
-        if not is_of_case(name) and name not in named and isinstance(factor, Choice):
-            named[name] = factor.values[0]
-    return replace(case, extra=tuple(sorted(named.items())))
 
 
 def _raised_in(error: BaseException, files: frozenset[str]) -> bool:
