@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -143,10 +144,6 @@ def _through_assignment(subject, model, case, dtype=None):
     return other
 
 
-def _through_assignment_to_float32(subject, model, case):
-    return _through_assignment(subject, model, case, "float32")
-
-
 def _through_replacement(subject, model, case):
     other = subject.build(case)
     with torch.no_grad():
@@ -200,7 +197,7 @@ def copies_are_the_same_function(subject, case):
     ways = {
         "state_dict": _through_state_dict,
         "assignment": _through_assignment,
-        "assignment to float32": _through_assignment_to_float32,
+        "assignment to float32": partial(_through_assignment, dtype="float32"),
         "replacement": _through_replacement,
         "torch.save": _through_save,
         "deepcopy": _through_deepcopy,

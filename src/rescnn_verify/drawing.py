@@ -318,8 +318,8 @@ def _integer(draw: Draw, low: int, high: int, *, small: int, corners: Sequence[i
 
 
 @functools.lru_cache(maxsize=4096)
-def _within(corners: tuple[int, ...], low: int, high: int) -> list[int]:
-    return sorted({c for c in corners if low <= c <= high})
+def _within(corners: tuple[int, ...], low: int, high: int) -> tuple[int, ...]:
+    return tuple(sorted({c for c in corners if low <= c <= high}))
 
 
 def _least(factor: Factor | None) -> int:
