@@ -39,6 +39,9 @@ WORK = 2**20
 #: and calling a layer costs more than its arithmetic, and a deep stack of many branches shows
 #: little that a deep one of few and a shallow one of many do not.
 LAYERS = (8, 14, 24, 40)
+#: Convolutions up to which a trial has as many cases as allowed: beyond, another architecture shows
+#: more than another input.
+FEW_LAYERS = 8
 
 LONG = (
     *(255, 256, 257, 300, 511, 512, 513, 640, 960, 1000, 1023, 1024, 1025, 1500),
@@ -95,7 +98,8 @@ def draw_trial(
     Args:
         draw: where choices come from.
         space: the space.
-        max_size: most cases in a trial; a space without inputs has one case for an architecture.
+        max_size: most cases in a trial, fewer of them on many layers; a space without inputs has
+            one case for an architecture.
         work: most multiply-adds that a forward pass of one case may cost.
         any_config: no configuration is left out for its cost; one that is too dear gets the least
             input.
@@ -123,7 +127,8 @@ def draw_trial(
         for name in ("dtype", "device")
         if (factor := space.get(name))
     }
-    size = draw.integer(1, max_size if space.get("length") else 1)
+    most = max(1, max_size * FEW_LAYERS // max(FEW_LAYERS, layers(config)))
+    size = draw.integer(1, most if space.get("length") else 1)
     return tuple(
         _until(
             lambda: _draw_case(draw, config, shared, sizes, space, work), space.meets_constraints

@@ -70,7 +70,7 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(sampled=8, drawn=2, shrinking=1.0),
-    "default": Profile(sampled=60, drawn=3, shrinking=2.0, large=1),
+    "default": Profile(sampled=56, drawn=3, shrinking=2.0, large=1),
     "thorough": Profile(sampled=1000, drawn=150, shrinking=20.0, large=16, slow=True),
 }
 

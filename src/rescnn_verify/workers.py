@@ -5,6 +5,7 @@ Nothing here imports torch, so that workers start while this process does.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -128,9 +129,16 @@ class Processes:
 def workers(count: int) -> ProcessPoolExecutor:
     """Processes that have torch imported."""
     CONTEXT.set_forkserver_preload(["rescnn_verify.unit", "rescnn_verify.strategies"])
-    executor = ProcessPoolExecutor(count, mp_context=CONTEXT, initializer=end_with_the_parent)
+    executor = ProcessPoolExecutor(count, mp_context=CONTEXT, initializer=_begin)
     executor.submit(os.getpid)
     return executor
+
+
+def _begin() -> None:
+    """What each worker does first."""
+    end_with_the_parent()
+    # Modules are cyclic garbage, so it is collected often: what is imported need not be searched.
+    gc.freeze()
 
 
 def end_with_the_parent() -> None:
