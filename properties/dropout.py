@@ -11,7 +11,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 import torch
 
-from rescnn_verify.bounds.roundoff import UNIT
+from rescnn_verify.bounds.roundoff import SIGNIFICAND_BITS, UNIT
 from rescnn_verify.compare import Falsified, equal, holds, same_bits
 from rescnn_verify.handles import put
 from rescnn_verify.needs import CHANNEL_DROPOUT, HANDLES, POST_ACTIVATION
@@ -26,12 +26,16 @@ from rescnn_verify.probes import (
     randomise,
     set_norm,
 )
-from rescnn_verify.space import INPUTS, Choice, Integers, Lists
+from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Lists, at_least
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import CONTEXTS, seed_torch
 
 NEEDS = (HANDLES, CHANNEL_DROPOUT, POST_ACTIVATION)
-TRAIN = INPUTS.narrow(mode=Choice("train"), batch=Integers(2, 130), length=Integers(1, 1100))
+TRAIN = INPUTS.narrow(mode=Choice("train"), batch=at_least(2))
+MASKS_FIT = Constraint(
+    "two bits for each block within the dtype's significand",
+    lambda c: 2 * c.num_blocks <= SIGNIFICAND_BITS[c.dtype],
+)
 #: False alarms of one statistical comparison; a run makes fewer than 1e6 of them.
 ALPHA = 1e-16
 
@@ -41,6 +45,8 @@ ALPHA = 1e-16
         frozen=Choice(*FROZEN), constant=Choice("nothing", *PARTS), context=Choice(*CONTEXTS)
     ),
     needs=NEEDS,
+    documented=True,
+    extreme=21,
 )
 def survivors_are_scaled(subject, case):
     """Every fusion returns 0 or s/(1 − p) for a shift s, constant along a channel.
@@ -223,7 +229,7 @@ def _divergence(rate, probability):
 
 
 @statement(
-    space=TRAIN.narrow(dtype=Choice("float64", "float32"), dropout=Choice(0.5, 0.0)),
+    space=TRAIN.narrow(MASKS_FIT, dtype=Choice("float64", "float32"), dropout=Choice(0.5, 0.0)),
     needs=NEEDS,
     effort=0.7,
 )
@@ -253,7 +259,7 @@ def gradients_pass_the_mask_of_the_output(subject, case):
         yield same_bits(got, expected, f"gradient of the shift of block {i}")
 
 
-@statement(space=TRAIN, needs=NEEDS)
+@statement(space=TRAIN, needs=NEEDS, documented=True, extreme=14)
 def the_residual_is_never_dropped(subject, case):
     """With every fusion returning 0 the output in train mode is relu(x), whatever p is.
 

@@ -26,11 +26,11 @@ from rescnn_verify.probes import (
     state_of,
     whole_state,
 )
-from rescnn_verify.space import INPUTS, LARGE, Choice, Constraint, Integers, Lists, Space
+from rescnn_verify.space import INPUTS, LARGE, Choice, Constraint, Integers, Lists, Space, at_least
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import CONTEXTS, DTYPES, NotApplicable, seed_torch
 
-FORWARD = INPUTS.narrow(batch=Integers(1, 130), length=Integers(1, 600))
+FORWARD = INPUTS.narrow(batch=at_least(1))
 EVAL = FORWARD.narrow(mode=Choice("eval"))
 A_CHANNEL_PER_OTHER_BRANCH = Constraint(
     "at least one channel for each branch of the other model",
@@ -254,6 +254,7 @@ def only_a_training_call_changes_the_state(subject, case):
     work=2**26,
     effort=0.08,
     inputs=1,
+    extreme=0,
 )
 def only_a_large_training_call_changes_the_state(subject, case):
     """The same for inputs of a hundred thousand values and more, where many save memory."""
@@ -353,7 +354,7 @@ def training_is_a_function_of_the_generator(subject, case):
 
 @statement(
     space=INPUTS.narrow(
-        mode=Choice("train"), dropout=Choice(0.0), batch=Integers(1, 33), length=Integers(1, 300),
+        mode=Choice("train"), dropout=Choice(0.0), batch=at_least(1),
     ),
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
     work=2**16, effort=0.6)  # fmt: skip

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from rescnn_verify.bounds.roundoff import SIGNIFICAND_BITS
 from rescnn_verify.compare import attempt, equal, same_bits
 from rescnn_verify.needs import A_FIELD_CLAIM, CONTRACT, DIRECT, FIELD, HANDLES, STACK
 from rescnn_verify.probes import (
@@ -14,7 +15,7 @@ from rescnn_verify.probes import (
     randomise,
     reach,
 )
-from rescnn_verify.space import INPUTS, Choice, Integers, Space
+from rescnn_verify.space import INPUTS, Choice, Constraint, Space, at_least
 from rescnn_verify.statement import statement
 
 EVAL_ROW = INPUTS.narrow(mode=Choice("eval"), batch=Choice(1), layout=Choice("contiguous"))
@@ -22,6 +23,10 @@ EVAL_ROW = INPUTS.narrow(mode=Choice("eval"), batch=Choice(1), layout=Choice("co
 # in float16 the end of a deep impulse response underflows.
 NAN_SAFE = EVAL_ROW.narrow(dtype=Choice("float32", "float64"))
 UNDERFLOW_SAFE = EVAL_ROW.narrow(dtype=Choice("float32", "float64", "bfloat16"))
+COEFFICIENTS_FIT = Constraint(
+    "3^num_blocks within the dtype's significand",
+    lambda c: 3**c.num_blocks <= 2 ** SIGNIFICAND_BITS[c.dtype],
+)
 
 
 @statement(space=Space(), needs=(A_FIELD_CLAIM, FIELD), documented=True, effort=4)
@@ -87,7 +92,7 @@ def an_impulse_reaches_exactly_its_window(subject, case):
         yield same_bits(quiet, ~window, f"outputs that do not see position {place}")
 
 
-@statement(space=NAN_SAFE.narrow(num_blocks=Integers(2, 12)), needs=(STACK, HANDLES, DIRECT))
+@statement(space=NAN_SAFE.narrow(num_blocks=at_least(2)), needs=(STACK, HANDLES, DIRECT))
 def each_block_has_the_field_of_its_widest_kernel(subject, case):
     """Every block of a stack, called alone, sees (widest kernel − 1)/2 positions to either side."""
     model = subject.model(case)
@@ -105,14 +110,14 @@ def each_block_has_the_field_of_its_widest_kernel(subject, case):
             yield same_bits(seen, window, f"outputs of block {i} that see position {place}")
 
 
-@statement(space=EVAL_ROW.narrow(dtype=Choice("float32", "float64")), needs=(CONTRACT, DIRECT))
+@statement(space=NAN_SAFE.narrow(COEFFICIENTS_FIT), needs=(CONTRACT, DIRECT))
 def impulse_response_is_a_polynomial_power(subject, case):
     """With taps 1 at both ends of the widest kernel the response is (1 + z^r + z^−r)^n, exactly.
 
     One block adds to its input the sum of its two end taps, so n blocks convolve the impulse n
     times with (1, 0, …, 0, 1, 0, …, 0, 1): a polynomial power, cut off at the ends of the signal
-    after every block as zero padding does. Its coefficients are at most 3^12, which every
-    dtype here holds.
+    after every block as zero padding does. Its coefficients are at most 3^n, which is
+    within the dtype's significand.
     """
     side = case.widest // 2
     one_block = np.zeros(2 * side + 1, dtype=np.int64)

@@ -43,8 +43,8 @@ def kernel_i_belongs_to_branch_i(subject, case):
 
 @statement(
     space=INPUTS.narrow(
-        mode=Choice("eval"), batch=Choice(1), layout=Choice("contiguous"), branch=Integers(0, 5),
-        length=Integers(1, 300), dtype=Choice("float64", "float32"),
+        mode=Choice("eval"), batch=Choice(1), layout=Choice("contiguous"), branch=Integers(0, 19),
+        dtype=Choice("float64", "float32"),
     ),
     needs=(HANDLES, DIRECT),
 )  # fmt: skip

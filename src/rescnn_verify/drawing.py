@@ -10,8 +10,9 @@ import functools
 import math
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 from rescnn_verify.case import Case, Config
 from rescnn_verify.space import (
@@ -25,16 +26,14 @@ from rescnn_verify.space import (
     architectural,
 )
 
-__all__ = ["SEAMS", "WORK", "Draw", "RandomDraw", "draw_config", "draw_large", "draw_trial"]
+__all__ = ["SEAMS", "WORK", "Draw", "RandomDraw", "draw_config", "draw_extreme", "draw_trial"]
 
 T = TypeVar("T")
 
-#: How many values a large case has, and the multiply-adds of its configuration for one position.
-LARGE_VALUES = (2**16, 2**18)
-LARGE_CONFIG = 2**7
-
 #: Multiply-adds that one forward pass of a drawn case may cost.
 WORK = 2**20
+#: The same for an extreme case.
+EXTREME_WORK = 2**22
 #: Convolutions that a quarter each of the drawn architectures have at most: building
 #: and calling a layer costs more than its arithmetic, and a deep stack of many branches shows
 #: little that a deep one of few and a shallow one of many do not.
@@ -42,6 +41,9 @@ LAYERS = (8, 14, 24, 40)
 #: Convolutions up to which a trial has as many cases as allowed: beyond, another architecture shows
 #: more than another input.
 FEW_LAYERS = 8
+
+#: The dtypes in which most integers are exact.
+WIDE = Space(dtype=Choice("float32", "float64"))
 
 LONG = (
     *(255, 256, 257, 300, 511, 512, 513, 640, 960, 1000, 1023, 1024, 1025, 1500),
@@ -91,7 +93,13 @@ class NoCase(Exception):
 
 
 def draw_trial(
-    draw: Draw, space: Space, *, max_size: int = 4, work: int = WORK, any_config: bool = False
+    draw: Draw,
+    space: Space,
+    *,
+    max_size: int = 4,
+    work: int = WORK,
+    any_config: bool = False,
+    any_depth: bool = False,
 ) -> tuple[Case, ...]:
     """Cases of a space that share an architecture, a dtype and a device, so that it is built once.
 
@@ -103,6 +111,7 @@ def draw_trial(
         work: most multiply-adds that a forward pass of one case may cost.
         any_config: no configuration is left out for its cost; one that is too dear gets the least
             input.
+        any_depth: the number of layers is not limited beside the work.
 
     Raises:
         NoCase: no case met the space's constraints in a fixed number of draws.
@@ -117,7 +126,7 @@ def draw_trial(
         config = draw_config(draw, space)
         work = max(work, multiply_adds(config) * least)
     else:
-        most = max(LAYERS[kind // 2], _fewest_layers(space))
+        most = math.inf if any_depth else max(LAYERS[kind // 2], _fewest_layers(space))
         config = _until(
             lambda: draw_config(draw, space),
             lambda c: multiply_adds(c) * least <= work and layers(c) <= most,
@@ -127,8 +136,8 @@ def draw_trial(
         for name in ("dtype", "device")
         if (factor := space.get(name))
     }
-    most = max(1, max_size * FEW_LAYERS // max(FEW_LAYERS, layers(config)))
-    size = draw.integer(1, most if space.get("length") else 1)
+    fewer = max(1, max_size * FEW_LAYERS // max(FEW_LAYERS, layers(config)))
+    size = draw.integer(1, fewer if space.get("length") else 1)
     return tuple(
         _until(
             lambda: _draw_case(draw, config, shared, sizes, space, work), space.meets_constraints
@@ -137,49 +146,22 @@ def draw_trial(
     )
 
 
-def draw_large(draw: Draw, space: Space) -> Case:
-    """A case of `LARGE_VALUES` on a small architecture: somewhere there implementations begin to
-    save memory, or to work in parallel.
+def draw_extreme(draw: Draw, space: Space, region: Space) -> Case:
+    """A case of a space in one of `space.EXTREMES`.
 
     Raises:
-        NoCase: the space has none, or all of its cases are as large.
+        NoCase: the space has none there.
     """
-    length, batch = space.get("length"), space.get("batch")
-    if not isinstance(length, Integers) or not isinstance(batch, Integers):
-        raise NoCase
-    fewest, most = LARGE_VALUES
-    if length.low * batch.low >= fewest / 2:
-        raise NoCase
-    small: dict[str, Factor] = {"channels": Integers(1, 8), "num_blocks": Integers(1, 2)}
+    try:
+        space = space.within(region)
+    except SpaceError:
+        raise NoCase from None
     if draw.integer(0, 2):
         # Two in three are of a wide dtype, in which more can be compared exactly.
-        small["dtype"] = Choice("float32", "float64")
-    for name, factor in small.items():
-        if space.get(name) is not None:
-            try:
-                space = space.narrow(**{name: factor})
-            except SpaceError:
-                if name != "dtype":
-                    raise NoCase from None
-    config = _until(
-        lambda: draw_config(draw, space), lambda config: multiply_adds(config) <= LARGE_CONFIG
-    )
-    values = int(2 ** draw.real(math.log2(fewest), math.log2(most)))
-    positions = min(values // config.channels, length.high * batch.high)
-    if positions * config.channels < fewest / 2:
-        raise NoCase
-    shortest = max(length.low, -(-positions // batch.high))
-    longest = max(shortest, min(length.high, positions))
-    size = round(2 ** draw.real(math.log2(shortest), math.log2(longest)))
-    size = max(shortest, min(longest, size))
-    sizes = {"length": size, "batch": max(batch.low, min(batch.high, positions // size))}
-    return cast(
-        Case,
-        _until(
-            lambda: _draw_case(draw, config, sizes, ("length", "batch"), space, 0),
-            lambda case: case in space,
-        ),
-    )
+        with suppress(SpaceError):
+            space = space.within(WIDE)
+    [case] = draw_trial(draw, space, max_size=1, work=EXTREME_WORK, any_depth=True)
+    return case
 
 
 def draw_config(draw: Draw, space: Space) -> Config:

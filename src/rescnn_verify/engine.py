@@ -17,7 +17,7 @@ import torch
 from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import Falsified
 from rescnn_verify.coverage import pairs_of
-from rescnn_verify.drawing import NoCase, RandomDraw, draw_large, draw_trial
+from rescnn_verify.drawing import NoCase, RandomDraw, draw_extreme, draw_trial
 from rescnn_verify.enumeration import batched, every_case, every_input
 from rescnn_verify.journal import Journal
 from rescnn_verify.outcome import (
@@ -33,7 +33,7 @@ from rescnn_verify.outcome import (
     signature,
 )
 from rescnn_verify.shrinking import shrink
-from rescnn_verify.space import Choice, Integers, Space, SpaceError
+from rescnn_verify.space import ARCHITECTURES, EXTREMES, USUAL, Choice, Integers, Space, SpaceError
 from rescnn_verify.statement import Property
 from rescnn_verify.subject import environment
 from rescnn_verify.target import Target, TargetError
@@ -57,21 +57,21 @@ class Profile:
             cases.
         drawn: trials drawn by Hypothesis.
         shrinking: seconds spent on making a counterexample smaller.
-        large: cases of tens or hundreds of thousands of values.
+        extreme: cases that are very large in one respect.
         slow: whether slow properties run, and exhaustive ones over every case of their space.
     """
 
     sampled: int
     drawn: int
     shrinking: float
-    large: int = 0
+    extreme: int = 0
     slow: bool = False
 
 
 PROFILES = {
     "quick": Profile(sampled=8, drawn=2, shrinking=1.0),
-    "default": Profile(sampled=56, drawn=3, shrinking=2.0, large=1),
-    "thorough": Profile(sampled=1000, drawn=150, shrinking=20.0, large=16, slow=True),
+    "default": Profile(sampled=50, drawn=1, shrinking=2.0, extreme=1),
+    "thorough": Profile(sampled=1000, drawn=150, shrinking=20.0, extreme=16, slow=True),
 }
 
 
@@ -85,7 +85,7 @@ class Search:
         documented: whether the documented configuration is run where the property asks for it.
         exhaustive: whether an exhaustive property runs over all of its space, and nothing else.
         sampled: trials sampled uniformly.
-        large: cases of tens or hundreds of thousands of values, where the space has them.
+        extreme: cases in `space.EXTREMES`, one after the other, as far as the space has them.
         drawn: trials drawn by Hypothesis.
         seconds: no further trial is begun after so many.
         shrinking: seconds spent on making a counterexample smaller.
@@ -103,7 +103,7 @@ class Search:
     documented: bool = False
     exhaustive: bool = False
     sampled: int = 0
-    large: int = 0
+    extreme: int = 0
     drawn: int = 0
     seconds: float = math.inf
     shrinking: float = 0.0
@@ -120,7 +120,7 @@ class Search:
             documented=True,
             exhaustive=profile.slow,
             sampled=round(profile.sampled * prop.effort),
-            large=profile.large * prop.large,
+            extreme=profile.extreme * prop.extreme,
             drawn=max(1, round(profile.drawn * prop.effort)),
             shrinking=profile.shrinking,
             slow=profile.slow,
@@ -259,7 +259,7 @@ class _Run:
             self._documented,
             self._exhausted,
             self._sampled,
-            self._large,
+            self._extreme,
             self._drawn,
             self._given_last,
         ):
@@ -330,19 +330,30 @@ class _Run:
             self._examine(self._in_shard(trial), over)
             self.sampled += self.tally.assertions > before
 
-    def _large(self, over: Callable[[], bool]) -> None:
-        draw = RandomDraw(_digest(f"{self.seed}/large"))
+    def _extreme(self, over: Callable[[], bool]) -> None:
+        draw = RandomDraw(_digest(f"{self.seed}/extreme"))
         mode = self.space.get("mode")
         modes = mode.values if isinstance(mode, Choice) else ()
-        for number in range(self.search.large):
+        regions = [region for region in EXTREMES.values() if self._reaches(region)]
+        first = draw.integer(0, max(0, len(regions) - 1))
+        for number in range(first, first + self.search.extreme if regions else first):
+            turn, place = divmod(number, len(regions))
             space = self.space
             if modes:  # in turn, as the cases are few
-                space = space.narrow(mode=Choice(modes[number % len(modes)]))
+                space = space.narrow(mode=Choice(modes[(turn + place) % len(modes)]))
             try:
-                case = draw_large(draw, space)
+                case = draw_extreme(draw, space, regions[place])
             except NoCase:
-                continue  # most spaces have none
+                self.tally.discarded += 1
+                continue
             self._examine(self._in_shard((case,)), over)
+
+    def _reaches(self, region: Space) -> bool:
+        try:
+            self.space.within(region)
+        except SpaceError:
+            return False
+        return True
 
     def _drawn(self, over: Callable[[], bool]) -> None:
         if not self.search.drawn or not self._has_cases():
@@ -372,7 +383,7 @@ class _Run:
             suppress_health_check=list(HealthCheck),
         )
         cases = trials(
-            self.space,
+            self.usual,
             max_size=self.prop.inputs,
             work=self.prop.work,
             any_config=self._any_config,
@@ -388,7 +399,7 @@ class _Run:
 
     def _draw(self, draw: RandomDraw, work: int) -> Trial:
         return draw_trial(
-            draw, self.space, max_size=self.prop.inputs, work=work, any_config=self._any_config
+            draw, self.usual, max_size=self.prop.inputs, work=work, any_config=self._any_config
         )
 
     def _has_cases(self) -> bool:
@@ -401,6 +412,18 @@ class _Run:
                 self._draw(draw, self.prop.work)
                 return True
         return False
+
+    @functools.cached_property
+    def usual(self) -> Space:
+        """Where most cases are drawn: of each factor the usual part, unless the target names it."""
+        if self.prop.exhaustive:
+            return self.space
+        own = {n for n, factor in self.target.space.factors if factor != ARCHITECTURES.get(n)}
+        space = self.space
+        for name, factor in USUAL.factors:
+            with suppress(SpaceError):  # a statement may be about what is unusual
+                space = space.within(Space({name: factor}), besides=own)
+        return space
 
     @property
     def _exhausts(self) -> bool:

@@ -1,8 +1,8 @@
 """Fuzzing: rounds over all properties until the time is up.
 
 Each round runs every property on a few more cases, from four sources that reach different corners:
-uniform samples, large cases, what Hypothesis draws, and the smallest cases one after the other. The
-properties that met the most that was new come first in the next round.
+uniform samples, extreme cases, what Hypothesis draws, and the smallest cases one after the other.
+The properties that met the most that was new come first in the next round.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Campaign:
         search = Search(
             documented=opening,
             sampled=max(1, round(SAMPLED * share)),
-            large=0 if opening else prop.large,
+            extreme=0 if opening else prop.extreme,
             drawn=max(1, round(DRAWN * share)),
             seconds=min(SLICE, self.seconds_left),
             seen=None if opening else lane.total.pairs,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,8 +12,10 @@ from rescnn_verify.case import Case, Config
 __all__ = [
     "ARCHITECTURES",
     "A_CHANNEL_PER_BRANCH",
+    "EXTREMES",
     "INPUTS",
     "LARGE",
+    "USUAL",
     "Choice",
     "Constraint",
     "Factor",
@@ -21,6 +24,7 @@ __all__ = [
     "Lists",
     "Space",
     "SpaceError",
+    "at_least",
 ]
 
 
@@ -41,6 +45,11 @@ class Integers:
 
     def __str__(self) -> str:
         return f"{self.low}..{self.high}"
+
+
+def at_least(low: int) -> Integers:
+    """The integers from ``low`` to wherever another factor ends."""
+    return Integers(low, sys.maxsize)
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,19 @@ class Space:
         """The part of this space within the given factors and constraints."""
         return self * Space(factors, where=where)
 
+    def within(self, region: Space, *, besides: Container[str] = ()) -> Space:
+        """The part of this space in a region, whose factors that this space lacks do not count.
+
+        Args:
+            region: a space without constraints.
+            besides: names of factors that do not count, either.
+
+        Raises:
+            SpaceError: there is none.
+        """
+        own = {name: f for name, f in region.factors if self.get(name) and name not in besides}
+        return self * Space(own)
+
     def get(self, name: str) -> Factor | None:
         """The factor of that name, None where the field keeps its default."""
         return dict(self.factors).get(name)
@@ -248,17 +270,19 @@ MORE_THAN_ONE_VALUE_TO_TRAIN = Constraint(
 
 #: The configurations that the reference contract promises, as far as they are explored.
 ARCHITECTURES = Space(
-    kernel_sizes=Lists(Choice(3, 5, 7, 1, 9, 11, 13, 15, 31), 1, 12),
-    num_blocks=Integers(1, 12),
-    channels=Integers(1, 128),
+    kernel_sizes=Lists(
+        Choice(3, 5, 7, 1, 9, 11, 13, 15, 31, 17, 19, 21, 33, 51, 63, 65, 101, 127), 1, 20
+    ),
+    num_blocks=Integers(1, 32),
+    channels=Integers(1, 1024),
     dropout=Choice(0.0, 0.1, 0.5, 1.0, 0.3, 0.9, 0.001),
     where=(A_CHANNEL_PER_BRANCH,),
 )
 
-#: The inputs that the reference contract promises.
+#: The inputs that the reference contract promises, as far as they are explored.
 INPUTS = Space(
-    batch=Integers(0, 260),
-    length=Integers(1, 4200),
+    batch=Integers(0, 2**12),
+    length=Integers(1, 2**14 + 100),
     dtype=Choice("float32", "float64", "bfloat16", "float16"),
     layout=Choice("contiguous", "transposed", "strided", "expanded"),
     mode=Choice("eval", "train"),
@@ -266,6 +290,51 @@ INPUTS = Space(
     seed=Integers(0, 2**32 - 1),
     where=(MORE_THAN_ONE_VALUE_TO_TRAIN,),
 )
+
+#: Where most cases lie, of what is explored.
+USUAL = Space(
+    kernel_sizes=Lists(Choice(3, 5, 7, 1, 9, 11, 13, 15, 31), 1, 12),
+    num_blocks=Integers(1, 12),
+    channels=Integers(1, 128),
+    batch=Integers(0, 260),
+    length=Integers(1, 4200),
+)
+
+#: Where a few cases of each statement lie: each is large in one respect, and small in the others,
+#: so that it is cheap. Somewhere there implementations begin to save memory, to work in parallel
+#: or in parts, or come to the end of what their author tried.
+EXTREMES = {
+    "many values": Space(
+        batch=Integers(64, 260), length=Integers(1024, 4200), channels=Integers(1, 4),
+        num_blocks=Integers(1, 2), kernel_sizes=Lists(Choice(3, 5, 1, 7, 15), 1, 3),
+    ),
+    "many channels": Space(
+        channels=Choice(512, 160, 256, 300, 257, 513, 768, 1024, 200, 129),
+        batch=Integers(0, 4), length=Integers(1, 16), num_blocks=Integers(1, 2),
+        kernel_sizes=Lists(Choice(3, 1, 5), 1, 3),
+    ),
+    "long": Space(
+        length=Integers(4201, 2**14 + 100), batch=Integers(1, 2), channels=Integers(1, 4),
+        num_blocks=Integers(1, 2), kernel_sizes=Lists(Choice(3, 1, 5, 7, 31), 1, 2),
+    ),
+    "many rows": Space(
+        batch=Integers(261, 2**12), length=Integers(1, 16), channels=Integers(1, 6),
+        num_blocks=Integers(1, 2), kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3),
+    ),
+    "deep": Space(
+        num_blocks=Choice(16, 13, 20, 32, 17), channels=Integers(1, 6), batch=Integers(0, 4),
+        length=Integers(1, 100), kernel_sizes=Lists(Choice(3, 1, 5), 1, 2),
+    ),
+    "wide kernels": Space(
+        kernel_sizes=Lists(Choice(33, 17, 19, 21, 51, 63, 65, 101, 127, 3), 1, 3),
+        channels=Integers(1, 8), num_blocks=Integers(1, 2), batch=Integers(0, 4),
+        length=Integers(1, 300),
+    ),
+    "many branches": Space(
+        kernel_sizes=Lists(Choice(3, 5, 7, 1), 13, 20), channels=Integers(13, 48),
+        num_blocks=Choice(1), batch=Integers(0, 4), length=Integers(1, 100),
+    ),
+}  # fmt: skip
 
 #: Inputs of 60,000 values and more, on few channels.
 LARGE = INPUTS.narrow(

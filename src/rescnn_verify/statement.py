@@ -52,7 +52,7 @@ class Property:
         effort: how many times a profile's number of trials; cheap ones afford more, and what
             would take longest gets by with fewer.
         inputs: most cases that share a built model; where a case costs less than a model, many.
-        large: how many times a profile's number of large cases, where its space has any.
+        extreme: how many times a profile's number of extreme cases, as far as its space has any.
         slow: whether only the thorough profile runs it.
         exhaustive: whether the thorough profile runs every case of its space, which then is not
             narrowed by the target's: for statements about all who follow the contract.
@@ -66,7 +66,7 @@ class Property:
     work: int
     effort: float
     inputs: int
-    large: int
+    extreme: int
     slow: bool
     exhaustive: bool
 
@@ -131,7 +131,7 @@ def statement(
     work: int = WORK,
     effort: float = 1.0,
     inputs: int = 4,
-    large: int = 6,
+    extreme: int = 7,
     slow: bool = False,
     exhaustive: bool = False,
 ) -> Callable[[Check], Property]:
@@ -139,7 +139,17 @@ def statement(
 
     def wrap(check: Check) -> Property:
         return Property(
-            check, space, needs, evidence, documented, work, effort, inputs, large, slow, exhaustive
+            check,
+            space,
+            needs,
+            evidence,
+            documented,
+            work,
+            effort,
+            inputs,
+            extreme,
+            slow,
+            exhaustive,
         )
 
     return wrap

@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from rescnn_verify import drawing
 from rescnn_verify.case import Case, Config
 from rescnn_verify.invalid import IMPOSSIBLE, spoiled
-from rescnn_verify.space import ARCHITECTURES, INPUTS, Choice, Factor, Integers, Lists, Space
+from rescnn_verify.space import (
+    ARCHITECTURES,
+    INPUTS,
+    USUAL,
+    Choice,
+    Factor,
+    Integers,
+    Lists,
+    Space,
+)
 
 __all__ = [
     "batches",
@@ -143,7 +152,7 @@ def seeds() -> st.SearchStrategy[int]:
 
 
 @st.composite
-def configs(draw: st.DrawFn, space: Space = ARCHITECTURES) -> Config:
+def configs(draw: st.DrawFn, space: Space = ARCHITECTURES * USUAL) -> Config:
     """Architecture configurations of a space.
 
     Args:
@@ -156,7 +165,7 @@ def configs(draw: st.DrawFn, space: Space = ARCHITECTURES) -> Config:
 
 
 @st.composite
-def invalid_configs(draw: st.DrawFn, space: Space = ARCHITECTURES) -> Config:
+def invalid_configs(draw: st.DrawFn, space: Space = ARCHITECTURES * USUAL) -> Config:
     """Configurations of a space with one argument spoiled, so that they must be refused.
 
     Args:
@@ -170,7 +179,7 @@ def invalid_configs(draw: st.DrawFn, space: Space = ARCHITECTURES) -> Config:
 @st.composite
 def trials(
     draw: st.DrawFn,
-    space: Space = ARCHITECTURES * INPUTS,
+    space: Space = ARCHITECTURES * INPUTS * USUAL,
     *,
     max_size: int = 4,
     work: int = drawing.WORK,
@@ -195,7 +204,7 @@ def trials(
 
 
 def cases(
-    space: Space = ARCHITECTURES * INPUTS, *, work: int = drawing.WORK
+    space: Space = ARCHITECTURES * INPUTS * USUAL, *, work: int = drawing.WORK
 ) -> st.SearchStrategy[Case]:
     """Single cases of a space; arguments as in `trials`."""
     return trials(space, max_size=1, work=work).map(lambda trial: trial[0])
