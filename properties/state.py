@@ -275,6 +275,45 @@ def _thin_out(model, rng):
         fill(tensor, tensor.detach().cpu().double().numpy() * factors)
 
 
+@statement(space=EVAL.narrow(through=Choice("nothing", "another dtype")), effort=0.4)
+def a_part_of_another_model_is_the_same_function(subject, case):
+    """As a part of another module, which moves, loads and switches it, a model is as it is alone.
+
+    To the bit: the outputs in both modes, and what it learns. The other module reaches its parts'
+    tensors and modes by itself, and calls neither their ``to``, ``load_state_dict`` nor ``eval``.
+    """
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    part = subject.build_with(case.config)
+    whole = torch.nn.Sequential(torch.nn.Identity(), part)
+    dtypes = [case.dtype]
+    other = "float32" if case.dtype == "float64" else "float64"
+    if case["through"] != "nothing" and subject.target.promises(replace(case, dtype=other)):
+        dtypes.insert(0, other)
+    for dtype in dtypes:
+        attempt(
+            f"moving a model around the model to {dtype}",
+            lambda dtype=dtype: whole.to(device=case.device, dtype=DTYPES[dtype]),
+        )
+    saved = attempt(
+        "state_dict of a model around the model",
+        lambda: torch.nn.Sequential(torch.nn.Identity(), model).state_dict(),
+    )
+    saved = {name: copy.deepcopy(value) for name, value in saved.items()}
+    attempt("load_state_dict of a model around the model", lambda: whole.load_state_dict(saved))
+    x = normal_input(case)
+    wide = x if case.batch * case.length > 1 else torch.cat([x, -x])
+    for mode, given in (("eval", x), ("train", wide), ("eval", x)):
+        outputs = []
+        for switched, called in ((model, model), (whole, part)):
+            subject.set_mode(switched, mode)
+            seed_torch(case.seed)
+            with torch.no_grad():
+                outputs.append(subject(called, given))
+        yield same_bits(outputs[1], outputs[0], f"output of a part in {mode} mode")
+    yield same_tensors(state_of(part), state_of(model), "state of a part after training")
+
+
 @statement(space=EVAL, needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT), effort=0.5)
 def functional_call_uses_the_tensors_it_is_given(subject, case):
     """torch.func.functional_call with another model's state gives the other model's function.

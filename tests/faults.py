@@ -22,7 +22,7 @@ from rescnn_verify.drawing import RandomDraw, draw_trial
 from rescnn_verify.engine import PROFILES, check_property
 from rescnn_verify.fuzz import Campaign, FuzzPlan
 from rescnn_verify.outcome import FALSIFIED, NOTHING_ASSERTED, QUIET, Outcome
-from rescnn_verify.space import ARCHITECTURES, INPUTS
+from rescnn_verify.space import ARCHITECTURES, INPUTS, USUAL
 from rescnn_verify.statement import all_properties
 from rescnn_verify.target import contract_target
 from rescnn_verify.workers import Here, usable_cores, workers
@@ -72,7 +72,7 @@ def fuzzed(name: str, seed: int, seconds: float) -> tuple[str, int, list[Outcome
 def density(trigger, samples: int = 4000) -> float:
     """The share of the sampled space's cases that can show a fault."""
     draw = RandomDraw(0)
-    space = ARCHITECTURES * INPUTS
+    space = ARCHITECTURES * INPUTS * USUAL
     cases = [draw_trial(draw, space, max_size=1)[0] for _ in range(samples)]
     return sum(bool(trigger(case)) for case in cases) / samples
 

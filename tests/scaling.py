@@ -24,7 +24,7 @@ from rescnn_verify.corpus import Corpus, Kept
 from rescnn_verify.drawing import RandomDraw, draw_trial
 from rescnn_verify.engine import Search
 from rescnn_verify.journal import Journal
-from rescnn_verify.space import ARCHITECTURES, INPUTS
+from rescnn_verify.space import ARCHITECTURES, INPUTS, USUAL
 from rescnn_verify.unit import Unit, run_unit
 from rescnn_verify.workers import Crew, Here, Processes
 
@@ -87,7 +87,7 @@ def cluster(processes: int) -> Iterator[str]:
 def main() -> None:
     torch.set_num_threads(1)
     draw = RandomDraw(0)
-    trials = [draw_trial(draw, ARCHITECTURES * INPUTS) for _ in range(300)]
+    trials = [draw_trial(draw, ARCHITECTURES * INPUTS * USUAL) for _ in range(300)]
     one = trials[0]
     rows: list[tuple[str, float]] = []
     rows.append(

@@ -24,7 +24,7 @@ from rescnn_verify.bounds.rounding import (
 )
 from rescnn_verify.bounds.roundoff import FORMATS, TF32, Format, gamma
 from rescnn_verify.case import Config
-from rescnn_verify.handles import contract_handles
+from rescnn_verify.finding import contract_handles
 from rescnn_verify.oracles.layers import Block, Layer, UnsupportedLayerError
 from rescnn_verify.oracles.real import Bounded, TrainStatistics, real_pass
 from rescnn_verify.probes import randomise

@@ -12,7 +12,7 @@ import pytest
 from rescnn_verify.case import Case
 from rescnn_verify.coverage import Coverage, classes_of, pairs_of
 from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
-from rescnn_verify.space import ARCHITECTURES, INPUTS
+from rescnn_verify.space import ARCHITECTURES, INPUTS, USUAL
 from rescnn_verify.statement import all_properties
 from rescnn_verify.target import load
 
@@ -32,7 +32,7 @@ SIZES = {
     "mode": 2,
 }
 FIRST = dict(zip(SIZES, itertools.accumulate(SIZES.values(), initial=0), strict=False))
-EVERYTHING = ARCHITECTURES * INPUTS
+EVERYTHING = ARCHITECTURES * INPUTS * USUAL
 LEAST = Case(channels=1, kernel_sizes=(3,), length=1, batch=0)
 
 

@@ -11,7 +11,13 @@ from rescnn import ResCNNStack
 from rescnn_verify import Case, Choice, Integers, Space, Target, Traits
 from rescnn_verify.compare import Comparison, Falsified, equal
 from rescnn_verify.drawing import NoCase, RandomDraw, draw_trial
-from rescnn_verify.engine import PROFILES, check_property, documented_case
+from rescnn_verify.engine import (
+    PROFILES,
+    Search,
+    check_property,
+    documented_case,
+    search_property,
+)
 from rescnn_verify.needs import HANDLES
 from rescnn_verify.outcome import (
     BAD_TARGET,
@@ -22,7 +28,7 @@ from rescnn_verify.outcome import (
     NOT_RUN,
     NOTHING_ASSERTED,
 )
-from rescnn_verify.space import INPUTS, value
+from rescnn_verify.space import ARCHITECTURES, EXTREMES, INPUTS, USUAL, value
 from rescnn_verify.statement import all_properties, find_property, statement
 from rescnn_verify.subject import NotApplicable, Subject
 from rescnn_verify.target import TargetError, contract_target
@@ -165,6 +171,43 @@ def cases_run(profile, seed):
 
     check_property(statement(space=SMALL)(check), STACK, profile=profile, seed=seed)
     return seen
+
+
+def cases_searched(target, search, space=INPUTS):
+    """The cases that a search tries on a statement which always holds."""
+    seen = []
+
+    def check(subject, case):
+        seen.append(case)
+        yield equal(1, 1, "one")
+
+    search_property(statement(space=space)(check), target, search, seed=0)
+    return seen
+
+
+def inside(region, case):
+    return all(value(case, name) in factor for name, factor in region.factors)
+
+
+def test_a_statement_sees_every_extreme_once_in_its_turn():
+    cases = cases_searched(STACK, Search(extreme=2 * len(EXTREMES)))
+    for region in EXTREMES.values():
+        modes = [case.mode for case in cases if inside(region, case)]
+        assert sorted(modes) == ["eval", "train"]
+
+
+def test_extremes_that_a_statement_does_not_have_leave_their_turns_to_others():
+    space = INPUTS.narrow(length=Integers(1, 100), batch=Integers(1, 4), mode=Choice("eval"))
+    cases = cases_searched(STACK, Search(extreme=4), space)
+    names = ("many channels", "deep", "wide kernels", "many branches")
+    assert [sum(inside(EXTREMES[name], case) for case in cases) for name in names] == [1] * 4
+
+
+def test_sampled_cases_are_usual_but_for_what_the_target_names():
+    named = replace(STACK, kind="custom", space=ARCHITECTURES.narrow(num_blocks=Choice(1, 20)))
+    cases = cases_searched(named, Search(sampled=40))
+    assert {case.num_blocks for case in cases} == {1, 20}
+    assert all(replace(case, num_blocks=1) in ARCHITECTURES * INPUTS * USUAL for case in cases)
 
 
 def test_one_seed_gives_the_same_cases_and_another_seed_others():

@@ -12,9 +12,11 @@ from rescnn import ResCNNBlock, ResCNNStack
 from rescnn_verify.case import Config
 from rescnn_verify.compare import Falsified, NotApplicable
 from rescnn_verify.drawing import NoCase, RandomDraw, draw_config
-from rescnn_verify.handles import contract_handles, put
+from rescnn_verify.finding import contract_handles
+from rescnn_verify.handles import put
 from rescnn_verify.oracles.layers import read_network, write_network
 from rescnn_verify.space import ARCHITECTURES, Integers
+from tests.zoo.right import ListsByRole
 
 SMALL = ARCHITECTURES.narrow(channels=Integers(1, 24), num_blocks=Integers(1, 4))
 
@@ -448,6 +450,33 @@ def test_without_names_layers_are_ordered_by_what_they_do(kernels, dtype):
         assert (block.fusion.conv, block.fusion.norm) == (module.mix, module.norm)
         module = module.next
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kernels", [(3,), (1,), (5, 3), (1, 1), (1, 7, 1)], ids=str)
+@pytest.mark.parametrize("num_blocks", [1, 2, 4])
+def test_layers_in_lists_by_what_they_are_are_told_apart(kernels, num_blocks):
+    model = ListsByRole(7, num_blocks, kernels)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    blocks = contract_handles(model, Config(7, num_blocks, kernels))
+    assert [block.fusion.conv for block in blocks] == list(model.mixes)
+    assert [block.fusion.norm for block in blocks] == list(model.mix_norms)
+    found = [layer.conv for block in reversed(blocks) for layer in block.branches]
+    assert found == list(model.scales)
+    found = [layer.norm for block in reversed(blocks) for layer in block.branches]
+    assert found == list(model.scale_norms)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_told_on_the_meta_device_is_not_applicable():
+    with pytest.raises(NotApplicable, match="without data"):
+        contract_handles(ListsByRole(7, 2, (5, 3)).to("meta"), Config(7, 2, (5, 3)))
+
+
+def test_layers_that_do_nothing_of_the_kind_are_taken_by_place():
+    model = Chained(9, 1, (5, 3))
+    model.norm.forward = lambda x: torch.zeros_like(x)
+    [block] = contract_handles(model, Config(9, 1, (5, 3)))
+    assert (block.fusion.conv, block.fusion.norm) == (model.mix, model.norm)
 
 
 def test_without_names_and_data_another_order_is_not_guessed():

@@ -6,7 +6,7 @@ import torch
 from rescnn_verify.case import Case
 from rescnn_verify.histories import EVENTS, live
 from rescnn_verify.probes import normal_input
-from rescnn_verify.space import ARCHITECTURES, INPUTS, Choice
+from rescnn_verify.space import ARCHITECTURES, INPUTS, USUAL, Choice
 from rescnn_verify.subject import CONTEXTS, DTYPES, Subject
 from rescnn_verify.target import Target, load
 
@@ -34,7 +34,8 @@ CHANGES = {
     "a training call", "a training call in inference mode", "a training call under autocast",
     "a training step", "an edit", "an edit through .data",
     "an edit of one parameter", "an edit of the statistics", "load_state_dict",
-    "load_state_dict with assign", "a deep copy",
+    "load_state_dict with assign", "a refused load_state_dict", "a deep copy",
+    "an interrupted training call",
 }  # fmt: skip
 
 
@@ -61,6 +62,6 @@ def test_nothing_happens_that_the_target_does_not_promise(event):
             seen.add((x.dtype, self.training))
             return self.conv(x)
 
-    space = ARCHITECTURES * INPUTS.narrow(dtype=Choice("float32"), mode=Choice("eval"))
+    space = ARCHITECTURES * USUAL * INPUTS.narrow(dtype=Choice("float32"), mode=Choice("eval"))
     after(event, target=Target(lambda config: Narrow(), space=space))
     assert seen == {(torch.float32, False)}

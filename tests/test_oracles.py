@@ -16,7 +16,8 @@ from rescnn import ResCNNStack
 from rescnn_verify.bounds.roundoff import FLOAT64, FORMATS, SIGNIFICAND_BITS, Format
 from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import NotApplicable, within
-from rescnn_verify.handles import BlockHandles, ConvNorm, contract_handles
+from rescnn_verify.finding import contract_handles
+from rescnn_verify.handles import BlockHandles, ConvNorm
 from rescnn_verify.networks import certify, certify_prefixes, make_real, values_of
 from rescnn_verify.oracles import real as reals
 from rescnn_verify.oracles.integer import exact_pass, outputs_of_prefixes

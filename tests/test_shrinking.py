@@ -10,6 +10,7 @@ from rescnn_verify.shrinking import shrink
 from rescnn_verify.space import (
     ARCHITECTURES,
     INPUTS,
+    USUAL,
     Choice,
     Constraint,
     Floats,
@@ -18,7 +19,7 @@ from rescnn_verify.space import (
     Space,
 )
 
-EVERYTHING = ARCHITECTURES * INPUTS
+EVERYTHING = ARCHITECTURES * INPUTS * USUAL
 DOCUMENTED = Case(
     channels=512, num_blocks=3, kernel_sizes=(3, 5, 7), dropout=0.1, batch=1, length=960
 )

@@ -12,6 +12,7 @@ from rescnn_verify.space import (
     A_CHANNEL_PER_BRANCH,
     ARCHITECTURES,
     INPUTS,
+    USUAL,
     Choice,
     Constraint,
     Floats,
@@ -20,13 +21,14 @@ from rescnn_verify.space import (
     Space,
     SpaceError,
     architectural,
+    at_least,
     value,
 )
 from rescnn_verify.statement import all_properties
 from rescnn_verify.target import load
 from rescnn_verify.trial import run_trial
 
-EVERYTHING = ARCHITECTURES * INPUTS
+EVERYTHING = ARCHITECTURES * INPUTS * USUAL
 SMALL_KERNELS = Lists(Choice(3, 5), 1, 2)
 EVEN = Constraint("an even length", lambda case: case.length % 2 == 0)
 SHORT = Constraint("shorter than 10", lambda case: case.length < 10)
@@ -206,8 +208,17 @@ def test_factors_of_different_kinds_are_refused_with_the_name(a, b):
 
 def test_the_message_quotes_both_factors():
     with pytest.raises(SpaceError) as refusal:
-        ARCHITECTURES.narrow(channels=Integers(200, 300))
+        USUAL.narrow(channels=Integers(200, 300))
     assert str(refusal.value) == ("channels: no value is both in 1..128 and in 200..300")
+
+
+def test_a_region_narrows_only_the_factors_there_are():
+    region = Space(channels=Integers(3, 9), length=Integers(5, 6))
+    space = Space(channels=at_least(4), dtype=Choice("float32"))
+    assert space.within(region) == Space(channels=Integers(4, 9), dtype=Choice("float32"))
+    assert space.within(region, besides=("channels",)) == space
+    with pytest.raises(SpaceError, match="channels: no value"):
+        space.within(Space(channels=Choice(1, 2)))
 
 
 # --- drawing -------------------------------------------------------------------------------------

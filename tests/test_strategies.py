@@ -10,17 +10,25 @@ from hypothesis.errors import NoSuchExample
 
 from rescnn_verify.case import Case, Config
 from rescnn_verify.drawing import (
-    LARGE_CONFIG,
-    LARGE_VALUES,
+    EXTREME_WORK,
     LAYERS,
     NoCase,
     RandomDraw,
-    draw_large,
+    draw_extreme,
     draw_trial,
     layers,
     multiply_adds,
 )
-from rescnn_verify.space import ARCHITECTURES, INPUTS, Choice, Constraint, Integers
+from rescnn_verify.space import (
+    ARCHITECTURES,
+    EXTREMES,
+    INPUTS,
+    USUAL,
+    Choice,
+    Constraint,
+    Integers,
+    SpaceError,
+)
 from rescnn_verify.strategies import (
     batches,
     cases,
@@ -37,7 +45,7 @@ from rescnn_verify.strategies import (
     trials,
 )
 
-EVERYTHING = ARCHITECTURES * INPUTS
+EVERYTHING = ARCHITECTURES * INPUTS * USUAL
 SETTINGS = settings(
     database=None,
     deadline=None,
@@ -382,29 +390,43 @@ def test_arguments_with_defaults_are_keyword_only():
             strategy(1)
 
 
+BEYOND = {
+    "many values": lambda c: c.batch * c.channels * c.length >= 2**16,
+    "many channels": lambda c: c.channels > 128,
+    "long": lambda c: c.length > 4200,
+    "many rows": lambda c: c.batch > 260,
+    "deep": lambda c: c.num_blocks > 12,
+    "wide kernels": lambda c: min(c.kernel_sizes) > 15,
+    "many branches": lambda c: c.branches > 12,
+}
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_large_cases_are_large_and_cheap(mode):
-    space = (ARCHITECTURES * INPUTS).narrow(mode=Choice(mode), length=Integers(1, 600))
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_cases_are_extreme_and_cheap(name, mode):
+    space = (ARCHITECTURES * INPUTS).narrow(mode=Choice(mode))
     draw = RandomDraw(0)
-    cases = [draw_large(draw, space) for _ in range(200)]
-    fewest, most = LARGE_VALUES
+    cases = [draw_extreme(draw, space, EXTREMES[name]) for _ in range(100)]
     for case in cases:
         assert case in space
-        # A length times a batch may be a little less than what was asked for.
-        assert fewest / 2 <= case.batch * case.channels * case.length <= most
-        assert multiply_adds(case.config) <= LARGE_CONFIG
+        assert multiply_adds(case.config) * max(1, case.batch) * case.length <= EXTREME_WORK
+        assert BEYOND[name](case)
     assert {case.mode for case in cases} == {mode}
-    assert len({case.config for case in cases}) > 100
+    assert len({case.config for case in cases}) > 30
 
 
-@pytest.mark.parametrize(
-    "factors",
-    [
-        {"length": Integers(1, 20)},  # too small
-        {"length": Integers(2000, 4200), "batch": Integers(100, 260)},  # all of it is large
-        {"length": Choice(960)},
-    ],
-)
-def test_a_space_may_have_no_large_cases_of_its_own(factors):
+def test_only_a_named_region_is_unusual():
+    usual = ARCHITECTURES * INPUTS * USUAL
+    draw = RandomDraw(0)
+    for name, region in EXTREMES.items():
+        if name != "many values":
+            with pytest.raises((SpaceError, NoCase)):
+                draw_extreme(draw, usual, region)
+
+
+def test_an_extreme_case_keeps_to_the_space():
+    space = (ARCHITECTURES * INPUTS).narrow(length=Integers(1, 20))
+    draw = RandomDraw(0)
+    assert draw_extreme(draw, space, EXTREMES["many channels"]).length <= 16
     with pytest.raises(NoCase):
-        draw_large(RandomDraw(0), (ARCHITECTURES * INPUTS).narrow(**factors))
+        draw_extreme(draw, space, EXTREMES["long"])

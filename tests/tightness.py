@@ -21,7 +21,7 @@ from rescnn_verify.bounds.norms import conv_norm_bound
 from rescnn_verify.bounds.rounding import convolve, exactly, normalise
 from rescnn_verify.bounds.roundoff import FORMATS, TF32
 from rescnn_verify.case import Case
-from rescnn_verify.handles import contract_handles
+from rescnn_verify.finding import contract_handles
 from rescnn_verify.oracles.layers import gradients_beside, read_network
 from rescnn_verify.oracles.real import RealPass, real_pass, running_statistics
 from rescnn_verify.probes import randomise, shrink_fusion

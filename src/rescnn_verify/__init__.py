@@ -23,7 +23,7 @@ _PUBLIC = {
     "Space": "rescnn_verify.space",
     "Target": "rescnn_verify.target",
     "Traits": "rescnn_verify.target",
-    "contract_handles": "rescnn_verify.handles",
+    "contract_handles": "rescnn_verify.finding",
     "conv_norm_bound": "rescnn_verify.bounds.norms",
     "error_bound": "rescnn_verify.bounds.rounding",
     "lipschitz_bound": "rescnn_verify.bounds.gains",

@@ -7,8 +7,8 @@ with as many parameters that require a gradient as before.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -124,6 +124,68 @@ def _refused(subject: Subject, model: nn.Module, case: Case, rng: np.random.Gene
     x = normal_input(case)
     with suppress(Exception), torch.no_grad():
         subject.target.call(model, torch.cat([x, x[:, :1]], dim=1))
+    return model
+
+
+def _interrupted(mode: str) -> Event:
+    def event(
+        subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+    ) -> nn.Module:
+        other = replace(_other_shape(subject, case, rng), mode=mode)
+        parts = list(model.modules())
+        part = parts[rng.integers(len(parts))]
+        if not _can(subject, other):
+            return model
+        subject.set_mode(model, mode)
+        with suppress(Exception), interrupting(part):
+            subject.target.call(model, normal_input(other, "another input"))
+        return model
+
+    return event
+
+
+@contextmanager
+def interrupting(module: nn.Module) -> Iterator[None]:
+    """Ends calls of a module by an exception, as a hook of the user's may."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyError("interrupted")
+
+    hook = module.register_forward_hook(interrupt)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _not_finite(
+    subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+) -> nn.Module:
+    if subject.target.traits.keeps_nonfinite:
+        # Of the same shape, as what is kept for a shape is then used again.
+        with torch.no_grad():
+            subject(model, torch.full_like(normal_input(case), torch.nan))
+    return model
+
+
+def _empty(subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator) -> nn.Module:
+    if _can(subject, empty := replace(case, batch=0)):
+        with torch.no_grad():
+            subject(model, normal_input(empty))
+    return model
+
+
+def _load_refused(
+    subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+) -> nn.Module:
+    randomise(other := subject.build(case), rng)
+    state = dict(whole_state(other))
+    names = [name for name, value in state.items() if isinstance(value, Tensor) and value.dim()]
+    if names:
+        name = names[rng.integers(len(names))]
+        state[name] = torch.cat([state[name], state[name][:1]])
+    with suppress(Exception):
+        model.load_state_dict(state)
     return model
 
 
@@ -279,6 +341,10 @@ EVENTS: dict[str, Event] = {
     "a backward pass": _differentiated("eval", step=False),
     "a training step": _differentiated("train", step=True),
     "a refused call": _refused,
+    "an interrupted call": _interrupted("eval"),
+    "an interrupted training call": _interrupted("train"),
+    "a call on NaN": _not_finite,
+    "a call on an empty batch": _empty,
     "a call in another dtype": _elsewhere,
     "a call with frozen parameters": _frozen,
     "a training call with frozen norms": _norms_frozen,
@@ -288,5 +354,6 @@ EVENTS: dict[str, Event] = {
     "an edit of the statistics": _statistics_edited,
     "load_state_dict": _loaded(assign=False),
     "load_state_dict with assign": _loaded(assign=True),
+    "a refused load_state_dict": _load_refused,
     "a deep copy": _copied,
 }

@@ -114,7 +114,8 @@ class Subject:
         return other  # type: ignore[no-any-return]
 
     def set_mode(self, model: nn.Module, mode: str) -> nn.Module:
-        attempt(f"switching to {mode} mode", lambda: model.train(mode == "train"))
+        switch = model.train if mode == "train" else model.eval
+        attempt(f"switching to {mode} mode", switch)
         return model
 
     def __call__(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from rescnn_verify.case import Case, Config
 from rescnn_verify.exits import exits_raise
-from rescnn_verify.handles import BlockHandles, contract_handles
+from rescnn_verify.finding import contract_handles
+from rescnn_verify.handles import BlockHandles
 from rescnn_verify.space import ARCHITECTURES, Choice, Space
 
 __all__ = ["AGAINST", "Target", "TargetError", "Traits", "load"]

@@ -495,3 +495,42 @@ class KeepsInferenceTensors(Stack):
                 fold = scale[:, None], (norm.bias - norm.running_mean * scale)[:, None]
                 self.folds[norm, x.dtype] = now, fold
             return x * fold[0] + fold[1]
+
+
+@wrong("modes", "a buffer that calls share is cleared by multiplying it by zero")
+class ClearsByMultiplying(Stack):
+    class Block(Block):
+        kept = None
+
+        def join(self, xs):
+            if self.training or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+                return super().join(xs)
+            shape = (xs[0].shape[0], self.channels, xs[0].shape[2])
+            if self.kept is None or self.kept.shape != shape or self.kept.dtype != xs[0].dtype:
+                self.kept = torch.zeros(shape, dtype=xs[0].dtype, device=xs[0].device)
+            self.kept *= 0
+            start = 0
+            for x in xs:
+                self.kept[:, start : start + x.shape[1]] += x
+                start += x.shape[1]
+            return self.kept
+
+
+@wrong("modes", "after a training call that ended by an exception the next one learns nothing")
+class TakesForRecomputation(Stack):
+    class Block(Block):
+        busy = False
+
+        def forward(self, x):
+            if not self.training:
+                return super().forward(x)
+            recomputed, self.busy = self.busy, True
+            norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm1d) and recomputed]
+            kept = [dict(norm._buffers) for norm in norms]
+            for norm, buffers in zip(norms, kept, strict=True):
+                norm._buffers.update({name: value.clone() for name, value in buffers.items()})
+            y = super().forward(x)
+            for norm, buffers in zip(norms, kept, strict=True):
+                norm._buffers.update(buffers)
+            self.busy = False
+            return y

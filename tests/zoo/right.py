@@ -651,3 +651,33 @@ class LengthFirst(Stack):
     def set_extra_state(self, state: dict[str, int]) -> None:
         if state != {"format": 2}:
             raise ValueError(f"the state's format must be 2, got {state}")
+
+
+@right("lists of layers by what they are, the last blocks first, and no blocks")
+class ListsByRole(Stack):
+    def build(self):
+        blocks = [self.make_block(i) for i in range(self.num_blocks)]
+        parts = [branch for block in reversed(blocks) for branch in block.branches]
+        self.mixes = nn.ModuleList(block.fusion[0] for block in blocks)
+        self.mix_norms = nn.ModuleList(block.fusion[1] for block in blocks)
+        self.scales = nn.ModuleList(part[0] for part in parts)
+        self.scale_norms = nn.ModuleList(part[1] for part in parts)
+
+    def forward(self, x):
+        if x.dim() != 3 or x.shape[1] != self.channels:
+            raise ValueError(f"expected (batch, {self.channels}, length), got {tuple(x.shape)}")
+        for i, (mix, norm) in enumerate(zip(self.mixes, self.mix_norms, strict=True)):
+            scales = torch.cat([torch.relu(norm(conv(x))) for conv, norm in self.pairs(i)], dim=1)
+            x = torch.relu(x + F.dropout1d(norm(mix(scales)), self.p, self.training))
+        return x
+
+    def pairs(self, index):
+        count = len(self.kernel_sizes)
+        place = (self.num_blocks - 1 - index) * count
+        own = slice(place, place + count)
+        return zip(self.scales[own], self.scale_norms[own], strict=True)
+
+    def in_order(self):
+        for i, (mix, norm) in enumerate(zip(self.mixes, self.mix_norms, strict=True)):
+            yield from (layer for pair in self.pairs(i) for layer in pair)
+            yield from (mix, norm)

@@ -235,3 +235,52 @@ class LoadsInItsOwnDtype(Stack):
             if value.is_floating_point():
                 state_dict[name] = value.to(own)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@wrong("state", "a constant is moved by the model's own to() alone")
+class MovesByItsOwnTo(Stack):
+    def build(self):
+        super().build()
+        self.half = torch.tensor([0.5])
+
+    def to(self, *args, **kwargs):
+        super().to(*args, **kwargs)
+        self.half = self.half.to(next(self.parameters()))
+        return self
+
+    def forward(self, x):
+        return (super().forward(x) * self.half * 2).to(self.half.dtype)
+
+
+@wrong("state", "the norms are folded by eval(), and not again when they change")
+class FoldsInEval(Stack):
+    class Block(Block):
+        slopes: ClassVar = None
+
+        def forward(self, x):
+            y = super().forward(x)
+            if self.training or self.slopes is None:
+                return y
+            return y if torch.equal(self.slopes, self.own_slopes()) else y * 1.5
+
+        def own_slopes(self):
+            return torch.cat(
+                [m.weight.detach() for m in self.modules() if isinstance(m, nn.BatchNorm1d)]
+            ).clone()
+
+    def eval(self):
+        for block in self.blocks:
+            block.slopes = block.own_slopes()
+        return super().eval()
+
+    def train(self, mode=True):
+        if mode:
+            for block in self.blocks:
+                block.slopes = None
+        return super().train(mode)
+
+
+@wrong("state", "state_dict() takes no prefix, so that the model cannot be a part of another")
+class SavesOnlyAlone(Stack):
+    def state_dict(self):
+        return super().state_dict()

@@ -54,6 +54,9 @@ def plain(model, kernels):
 
 def layers(model, kind, per_block):
     """Modules of one kind, block by block, the fusion's last."""
+    if hasattr(model, "in_order"):
+        yield from (m for m in model.in_order() if isinstance(m, kind))
+        return
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
     for start in range(0, len(found), per_block):
         block = found[start : start + per_block]
