@@ -351,7 +351,7 @@ def real_networks_are_within_their_bound(subject, case):
         dtype=Choice("float64"), mode=Choice("train"), batch=at_least(1),
         magnitude=Choice(1.0, 1e-6, 1e3, 1e-3), spread=Choice(False),
         dropout=Choice(0.0), counted=Choice(0, 1, 9, 100, 1000, 10**6), context=Choice(*CONTEXTS),
-        frozen=Choice(*FROZEN), zero=Choice(*ZERO),
+        frozen=Choice(*FROZEN), zero=Choice(*ZERO), constant=Choice("nothing", *PARTS),
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
@@ -362,8 +362,8 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
 
     It also moves the running statistics by the documented law: 0.9 times the old plus 0.1 times the
     batch's mean and unbiased variance, one more batch counted, however many there were before and
-    whether or not gradients are recorded. Norms that are in eval mode keep theirs. Checked
-    without dropout.
+    whether or not gradients are recorded, and whatever is held constant. Norms that are in eval
+    mode keep theirs. Checked without dropout.
     """
     yield from _trains_as_the_reference(subject, case)
 
@@ -374,6 +374,7 @@ def training_normalises_with_the_biased_batch_variance(subject, case):
         batch=Integers(1, 3), channels=Integers(1, 6), num_blocks=Integers(1, 3),
         magnitude=Choice(1.0), spread=Choice(False), dropout=Choice(0.0), counted=Choice(0, 9),
         context=Choice(*CONTEXTS), frozen=Choice(*FROZEN), zero=Choice(*ZERO),
+        constant=Choice("nothing", *PARTS),
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
@@ -394,6 +395,8 @@ def _trains_as_the_reference(subject, case):
     network = _frozen(_real_network(blocks, case), blocks, case)
     for layer in (layer for block in blocks for layer in block.layers):
         layer.norm.num_batches_tracked.fill_(case["counted"])
+    for parameter in part_of(model, blocks, case["constant"], case.rng("constant")):
+        parameter.requires_grad_(False)
     x = as_input(case, _real_input(case))
     yield from _learns_as_the_reference(subject, case, model, network, x)
 

@@ -15,7 +15,7 @@ from rescnn_verify.compare import (
     same_tensors,
     same_values,
 )
-from rescnn_verify.histories import EDITS, EVENTS, WAYS, edit, live
+from rescnn_verify.histories import CALLS, EDITS, EVENTS, WAYS, edit, live
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION, REENTRANT
 from rescnn_verify.networks import certify
 from rescnn_verify.probes import (
@@ -101,8 +101,31 @@ def only_the_state_counts(subject, case):
     if case["frozen"]:
         used.requires_grad_(False)
     used = live(subject, used, case, case["history"], case["context"])
+    yield from _as_new(subject, used, case, frozen=case["frozen"])
+
+
+@statement(
+    space=EVAL.narrow(
+        event=Choice(*CALLS), dtype=Choice("float32", "float64"), batch=Integers(1, 4),
+        length=Integers(1, 32),
+    ),
+    inputs=8,
+    effort=0.6,
+)  # fmt: skip
+def the_first_call_may_be_of_any_kind(subject, case):
+    """The same where the first call on these weights is an unusual one, and the only one.
+
+    What is made of the weights for later calls is made of the weights alone.
+    """
+    used = subject.model(case)
+    randomise(used, case.rng("weights"))
+    used = live(subject, used, case, [case["event"]])
+    yield from _as_new(subject, used, case)
+
+
+def _as_new(subject, used, case, *, frozen=False):
     new = subject.set_mode(subject.build(case), "eval")
-    if case["frozen"]:  # weights that were loaded by assignment, too
+    if frozen:  # weights that were loaded by assignment, too
         used.requires_grad_(False)
         new.requires_grad_(False)
     state = whole_state(used)

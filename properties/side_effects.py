@@ -2,12 +2,15 @@
 
 import gc
 import random
+import sys
 import weakref
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
 
 from rescnn_verify.compare import attempt, equal, holds, same_bits
+from rescnn_verify.histories import interrupting
 from rescnn_verify.needs import CONTRACT
 from rescnn_verify.probes import as_input, normal_input
 from rescnn_verify.space import INPUTS, Choice, Space, at_least
@@ -134,25 +137,65 @@ def no_global_seed_is_reset(subject, case):
             )
 
 
-@statement(space=SMALL.narrow(layout=Choice("contiguous"), device=Choice("cpu")), effort=0.3)
+@statement(
+    space=SMALL.narrow(
+        layout=Choice("contiguous"), device=Choice("cpu"), context=Choice(*CONTEXTS),
+        ending=Choice("returns", "is refused", "is interrupted"),
+    ),
+    effort=0.5,
+)  # fmt: skip
 def global_settings_stay(subject, case):
-    """Building and calling a model leaves torch's global settings as they were.
+    """Building and calling a model leaves torch's global settings as they were, however it ends.
 
-    And how the processor treats subnormal numbers.
+    And how the processor treats subnormal numbers. A call may be refused, or be interrupted in any
+    part of the model.
     """
     torch.set_flush_denormal(False)  # an earlier case's model may have set it
     before = _settings()
     model = subject.set_mode(subject.build_with(case.config), case.mode)
-    yield equal(_settings(), before, "torch's settings after building")
+    yield _unchanged(before, "after building")
     x = as_input(case, case.rng("input").standard_normal(case.shape)).float()
-    out = subject(model, x)
-    yield equal(_settings(), before, "torch's settings after a call")
+    if case["ending"] != "returns":
+        end = _ended_early(model, case)
+        with end as given, suppress(Exception), CONTEXTS[case["context"]]():
+            subject.target.call(model, x if given is None else given)
+        yield _unchanged(before, f"after a call that {case['ending']}")
+        return
+    with CONTEXTS[case["context"]]():
+        out = subject(model, x)
+    yield _unchanged(before, "after a call")
     if out.requires_grad:
         subject.backward(out, torch.ones_like(out))
-        yield equal(_settings(), before, "torch's settings after backward")
+        yield _unchanged(before, "after backward")
+
+
+def _unchanged(before, when):
+    after = _settings()
+    changed = [name for name in before if after[name] != before[name]]
+    expected, got = ({name: values[name] for name in changed} for values in (before, after))
+    return equal(got, expected, f"torch's settings {when}")
+
+
+@contextmanager
+def _ended_early(model, case):
+    """An input that is refused, or None where some part of the model interrupts any call."""
+    rng = case.rng("ending")
+    if case["ending"] == "is refused":
+        shape, dtype = [
+            ((2, case.channels + 1, 3), torch.float32),
+            ((1, case.channels, 1), torch.float32),  # nothing to train on
+            ((2, case.channels, 3), torch.float64),
+            ((2, case.channels), torch.float32),
+        ][rng.integers(4)]
+        yield torch.ones(shape, dtype=dtype)
+        return
+    parts = list(model.modules())
+    with interrupting(parts[rng.integers(len(parts))]):
+        yield None
 
 
 def _settings():
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return {
         "default dtype": torch.get_default_dtype(),
         "grad enabled": torch.is_grad_enabled(),
@@ -160,7 +203,15 @@ def _settings():
         "threads": torch.get_num_threads(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "oneDNN": torch.backends.mkldnn.enabled,
-        "TF32": torch.backends.cuda.matmul.allow_tf32,
+        "TF32": (matmul.allow_tf32, cudnn.allow_tf32),
+        "cuDNN": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        "sums in 16 bits": (
+            matmul.allow_fp16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction,
+        ),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "recursion limit": sys.getrecursionlimit(),
+        "garbage collection": gc.isenabled(),
         "anomaly detection": torch.is_anomaly_enabled(),
         "default device": str(torch.get_default_device()),
         "matmul precision": torch.get_float32_matmul_precision(),

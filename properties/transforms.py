@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rescnn_verify.bounds.roundoff import FORMATS
@@ -15,7 +16,15 @@ from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify_prefixes
 from rescnn_verify.oracles.layers import read_network
 from rescnn_verify.oracles.real import real_pass
-from rescnn_verify.probes import as_input, normal_input, randomise, set_norm, state_of
+from rescnn_verify.probes import (
+    PARTS,
+    as_input,
+    normal_input,
+    part_of,
+    randomise,
+    set_norm,
+    state_of,
+)
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import NotApplicable, NothingCompiledError, compiled, seed_torch
@@ -55,28 +64,42 @@ def vmap_over_inputs_is_the_same_function(subject, case):
 
 
 @statement(
-    space=EVAL.narrow(mapped=Choice("parameters", "parameters and inputs")), needs=REFERENCE,
-    evidence="bounded", work=2**14, effort=0.3,
+    space=EVAL.narrow(
+        mapped=Choice("parameters", "parameters and inputs"),
+        own=Choice("everything", *PARTS),
+    ),
+    needs=REFERENCE, evidence="bounded", work=2**14, effort=0.4,
 )  # fmt: skip
 def vmap_over_weights_is_each_one_s_function(subject, case):
     """`torch.vmap` over stacked parameters and buffers gives what each of them gives.
 
-    It is what ensembles are made with.
+    It is what ensembles are made with. Each may have some parameters of its own and share others.
     """
     model = subject.model(case)
     blocks = subject.handles(model, case)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    some = part_of(model, blocks, case["own"], case.rng("own")) if case["own"] in PARTS else ()
+    own = {n for n, tensor in tensors.items() if case["own"] == "everything" or tensor in some}
     x = normal_input(case)
     inputs = [x, normal_input(case, "other input")] if "inputs" in case["mapped"] else [x, x]
     states, expected = [], []
-    for i, own in enumerate(inputs):
+    for i, given in enumerate(inputs):
         randomise(model, case.rng(f"weights {i}"))
-        values = own.cpu().double().numpy()
+        with torch.no_grad():
+            for name in tensors.keys() - own if states else ():
+                tensors[name].copy_(states[0][name])
+        values = given.cpu().double().numpy()
         expected.append(real_pass(read_network(blocks), values, form=FORMATS[case.dtype]))
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         states.append({name: tensor.detach().clone() for name, tensor in tensors.items()})
     if not all(bounded.in_range for bounded in expected):
         return
-    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    stacked = {
+        name: torch.stack([state[name] for state in states]) if name in own else shared
+        for name, shared in states[0].items()
+    }
+    axes = {name: 0 if name in own else None for name in stacked}
+    if not own and "inputs" not in case["mapped"]:
+        return
     whole = _Called(subject.target.call, model)
 
     def run(state, given):
@@ -85,9 +108,9 @@ def vmap_over_weights_is_each_one_s_function(subject, case):
 
     with _supported("vmap over weights"):
         if "inputs" in case["mapped"]:
-            outs = torch.vmap(run)(stacked, torch.stack(inputs))
+            outs = torch.vmap(run, (axes, 0))(stacked, torch.stack(inputs))
         else:
-            outs = torch.vmap(run, (0, None))(stacked, x)
+            outs = torch.vmap(run, (axes, None))(stacked, x)
     for i, bounded in enumerate(expected):
         yield within(outs[i], bounded.out, f"output {i} under vmap, against the reference")
 
@@ -181,18 +204,22 @@ def compile_is_the_same_function(subject, case):
     space=INPUTS.narrow(
         mode=Choice("train"), batch=Integers(2, 5), length=Integers(1, 40),
         num_blocks=Integers(1, 2), dtype=Choice("float32", "float64"),
+        norms=Choice("as the model", "some in eval mode"),
     ),
     effort=0.02, slow=True,
 )  # fmt: skip
 def a_traced_training_call_learns_the_same(subject, case):
     """What `torch.compile` traces of a training call gives the same output and learns the same.
 
-    To the bit, as the graph is run without an optimising backend.
+    To the bit, as the graph is run without an optimising backend. Norms in eval mode learn nothing.
     """
     found = []
     for traced in (False, True):
         model = subject.model(case)
         randomise(model, case.rng("weights"))
+        rng = case.rng("norms")
+        for norm in (module for module in model.modules() if isinstance(module, _NormBase)):
+            norm.train(case["norms"] == "as the model" or bool(rng.integers(2)))
         x = normal_input(case)
         seed_torch(case.seed)
         if traced:

@@ -21,28 +21,33 @@ from rescnn_verify.compare import attempt
 from rescnn_verify.probes import normal_input, randomise, whole_state
 from rescnn_verify.subject import CONTEXTS, DTYPES, Subject
 
-__all__ = ["EDITS", "EVENTS", "WAYS", "edit", "kept_tensors", "live"]
+__all__ = ["CALLS", "EDITS", "EVENTS", "WAYS", "edit", "interrupting", "kept_tensors", "live"]
 
 Event = Callable[[Subject, nn.Module, Case, np.random.Generator], nn.Module]
 
 
 def live(
-    subject: Subject, model: nn.Module, case: Case, events: Iterable[str], context: str
+    subject: Subject,
+    model: nn.Module,
+    case: Case,
+    events: Iterable[str],
+    context: str | None = None,
 ) -> nn.Module:
     """The model after it was called on the case's input and an event happened, for each event.
 
     Args:
         subject, model, case: the model is in eval mode.
         events: names of `EVENTS`, in order.
-        context: one of `CONTEXTS`, how it is called between the events.
+        context: one of `CONTEXTS`, how it is called between the events; None: it is not.
 
     Returns:
         The model, or what came in its place.
     """
     rng = case.rng("history")
     for event in events:
-        with CONTEXTS[context]():
-            subject(model, normal_input(case))
+        if context:
+            with CONTEXTS[context]():
+                subject(model, normal_input(case))
         model = EVENTS[event](subject, model, case, rng)
         if any(module.training for module in model.modules()):
             subject.set_mode(model, "eval")  # else not, as it is a chance to forget something
@@ -87,17 +92,21 @@ def _leave_inference_mode(model: nn.Module) -> None:
                 module._buffers[name] = buffer.clone()
 
 
-def _autocast(
-    subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
-) -> nn.Module:
-    other = replace(_other_shape(subject, case, rng), mode="train")
-    if not _can(subject, other):
+def _autocast(mode: str, context: str) -> Event:
+    def event(
+        subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
+    ) -> nn.Module:
+        other = replace(_other_shape(subject, case, rng), mode=mode)
+        if not _can(subject, other):
+            return model
+        subject.set_mode(model, mode)
+        autocast = torch.autocast(case.device, torch.bfloat16)
+        # What a target does not support leaves its mark, too.
+        with suppress(Exception), CONTEXTS[context](), autocast:
+            subject.target.call(model, normal_input(other, "another input"))
         return model
-    subject.set_mode(model, "train")
-    # What a target does not support leaves its mark, too.
-    with suppress(Exception), torch.autocast(case.device, torch.bfloat16):
-        subject.target.call(model, normal_input(other, "another input"))
-    return model
+
+    return event
 
 
 def _differentiated(mode: str, *, step: bool) -> Event:
@@ -337,7 +346,8 @@ EVENTS: dict[str, Event] = {
     "a call in inference mode": _called("eval", "inference_mode"),
     "a training call": _called("train", "no_grad"),
     "a training call in inference mode": _called("train", "inference_mode"),
-    "a training call under autocast": _autocast,
+    "a call under autocast": _autocast("eval", "no_grad"),
+    "a training call under autocast": _autocast("train", "grad"),
     "a backward pass": _differentiated("eval", step=False),
     "a training step": _differentiated("train", step=True),
     "a refused call": _refused,
@@ -357,3 +367,6 @@ EVENTS: dict[str, Event] = {
     "a refused load_state_dict": _load_refused,
     "a deep copy": _copied,
 }
+
+#: The events that are calls.
+CALLS = tuple(name for name in EVENTS if "call" in name)
