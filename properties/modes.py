@@ -21,6 +21,7 @@ from rescnn_verify.networks import certify
 from rescnn_verify.probes import (
     as_input,
     called_within,
+    freeze,
     normal_input,
     randomise,
     state_of,
@@ -109,7 +110,7 @@ def only_the_state_counts(subject, case):
         event=Choice(*CALLS), dtype=Choice("float32", "float64"), batch=Integers(1, 4),
         length=Integers(1, 32),
     ),
-    inputs=8,
+    inputs=16,
     effort=0.6,
 )  # fmt: skip
 def the_first_call_may_be_of_any_kind(subject, case):
@@ -393,7 +394,7 @@ def frozen_norms_use_their_statistics(subject, case):
     if found is None:
         return
     for layer in (layer for block in blocks for layer in block.layers):
-        layer.norm.eval()
+        freeze(layer.norm)
     before = state_of(model)
     out = subject(model, as_input(case, found.x))
     yield same_values(out, found.expected.out, "output of a training model with frozen norms")

@@ -63,7 +63,7 @@ def output_shares_no_memory_with_the_input(subject, case):
 @statement(
     space=FORWARD.narrow(
         batch=at_least(1), context=Choice(*CONTEXTS),
-        then=Choice("another input", "the output", "a shorter input"), calls=Choice(1, 2, 3, 5),
+        then=Choice("another input", "the output", "a shorter input"), calls=Choice(1, 2, 4, 17),
     ),
     effort=0.6,
     inputs=16,

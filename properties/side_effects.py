@@ -4,7 +4,7 @@ import gc
 import random
 import sys
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import torch
@@ -59,6 +59,32 @@ def input_is_not_kept(subject, case):
     if alive() is not None:
         gc.collect()
     yield holds(alive() is None, "the input's memory after its last use", "freed", "kept")
+
+
+@statement(
+    space=SMALL.narrow(
+        mode=Choice("eval"),
+        layout=Choice("contiguous", "transposed"),
+        context=Choice(*CONTEXTS),
+        born=Choice(*CONTEXTS),
+    ),
+    effort=0.4,
+    inputs=16,
+)
+def an_input_filled_anew_is_another_input(subject, case):
+    """In eval mode a tensor that is filled anew between two calls gives the output of its values.
+
+    As a server's buffer is; born in inference mode, it has no version counter.
+    """
+    model = subject.model(case)
+    values = normal_input(case, "other values")
+    with CONTEXTS[case["born"]]():
+        x = normal_input(case)
+    inference = x.is_inference()
+    with CONTEXTS["inference_mode" if inference else case["context"]]():
+        subject(model, x)
+        x.copy_(values)
+        yield same_bits(subject(model, x), subject(model, x.clone()), "output of new values")
 
 
 @statement(space=SMALL.narrow(layout=Choice("contiguous")), needs=(CONTRACT,), effort=0.5)
@@ -141,8 +167,9 @@ def no_global_seed_is_reset(subject, case):
     space=SMALL.narrow(
         layout=Choice("contiguous"), device=Choice("cpu"), context=Choice(*CONTEXTS),
         ending=Choice("returns", "is refused", "is interrupted"),
+        frozen=Choice("nothing", "the first half", "everything"),
     ),
-    effort=0.5,
+    effort=0.5, inputs=16,
 )  # fmt: skip
 def global_settings_stay(subject, case):
     """Building and calling a model leaves torch's global settings as they were, however it ends.
@@ -150,18 +177,25 @@ def global_settings_stay(subject, case):
     And how the processor treats subnormal numbers. A call may be refused, or be interrupted in any
     part of the model.
     """
-    torch.set_flush_denormal(False)  # an earlier case's model may have set it
+    torch.set_flush_denormal(False)  # an earlier case's model may have set them
+    torch.set_grad_enabled(True)
     before = _settings()
     model = subject.set_mode(subject.build_with(case.config), case.mode)
     yield _unchanged(before, "after building")
+    parameters = list(model.parameters())
+    count = {"nothing": 0, "the first half": len(parameters) // 2}.get(case["frozen"])
+    for parameter in parameters[:count]:
+        parameter.requires_grad_(False)
     x = as_input(case, case.rng("input").standard_normal(case.shape)).float()
+    # Gradients are on already; what switches them on would switch them back.
+    context = nullcontext if case["context"] == "grad" else CONTEXTS[case["context"]]
     if case["ending"] != "returns":
         end = _ended_early(model, case)
-        with end as given, suppress(Exception), CONTEXTS[case["context"]]():
+        with end as given, suppress(Exception), context():
             subject.target.call(model, x if given is None else given)
         yield _unchanged(before, f"after a call that {case['ending']}")
         return
-    with CONTEXTS[case["context"]]():
+    with context():
         out = subject(model, x)
     yield _unchanged(before, "after a call")
     if out.requires_grad:

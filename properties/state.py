@@ -275,17 +275,23 @@ def _thin_out(model, rng):
         fill(tensor, tensor.detach().cpu().double().numpy() * factors)
 
 
-@statement(space=EVAL.narrow(through=Choice("nothing", "another dtype")), effort=0.4)
+@statement(
+    space=EVAL.narrow(
+        through=Choice("nothing", "another dtype"), named=Choice("module", "model", "0", "blocks")
+    ),
+    effort=0.4,
+)
 def a_part_of_another_model_is_the_same_function(subject, case):
     """As a part of another module, which moves, loads and switches it, a model is as it is alone.
 
-    To the bit: the outputs in both modes, and what it learns. The other module reaches its parts'
-    tensors and modes by itself, and calls neither their ``to``, ``load_state_dict`` nor ``eval``.
+    To the bit: the outputs in both modes, and what it learns, under whatever name. The other module
+    reaches its parts' tensors and modes by itself, and calls neither their ``to``,
+    ``load_state_dict`` nor ``eval``.
     """
     model = subject.model(case)
     randomise(model, case.rng("weights"))
     part = subject.build_with(case.config)
-    whole = torch.nn.Sequential(torch.nn.Identity(), part)
+    whole = torch.nn.ModuleDict({"before": torch.nn.Identity(), case["named"]: part})
     dtypes = [case.dtype]
     other = "float32" if case.dtype == "float64" else "float64"
     if case["through"] != "nothing" and subject.target.promises(replace(case, dtype=other)):
@@ -297,7 +303,7 @@ def a_part_of_another_model_is_the_same_function(subject, case):
         )
     saved = attempt(
         "state_dict of a model around the model",
-        lambda: torch.nn.Sequential(torch.nn.Identity(), model).state_dict(),
+        lambda: torch.nn.ModuleDict({case["named"]: model}).state_dict(),
     )
     saved = {name: copy.deepcopy(value) for name, value in saved.items()}
     attempt("load_state_dict of a model around the model", lambda: whole.load_state_dict(saved))

@@ -4,6 +4,7 @@ import inspect
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from rescnn_verify.compare import Falsified, attempt, equal, same_bits
 from rescnn_verify.needs import (
@@ -67,10 +68,17 @@ def blocks_are_separate(subject, case):
         for block in blocks
         for layer in block.layers
         for module in (layer.conv, layer.norm)
-        for tensor in (*module.parameters(), *module.buffers())
+        for tensor in _own(module)
     ]
     distinct = len({tensor.data_ptr() for tensor in tensors if tensor.numel()})
     yield equal(distinct, len(tensors), "distinct parameters and buffers among the blocks' layers")
+
+
+def _own(module):
+    """A layer's tensors, and those they are computed from, but not those of layers within it."""
+    yield from (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    if is_parametrized(module):
+        yield from module.parametrizations.parameters()
 
 
 @statement(space=Space(), needs=(CONTRACT,), documented=True, effort=3)

@@ -28,6 +28,7 @@ __all__ = [
     "as_input",
     "called_within",
     "exact_norm",
+    "freeze",
     "freeze_norms",
     "impulse_rows",
     "make_end_taps",
@@ -241,8 +242,16 @@ def freeze_norms(
         chosen.append(tuple(flags.tolist()))
         for layer, is_frozen in zip(block.layers, flags, strict=True):
             if is_frozen:
-                layer.norm.eval()
+                freeze(layer.norm)
     return tuple(chosen)
+
+
+def freeze(norm: nn.Module) -> None:
+    """Puts a norm into eval mode, but not the layers that it may own."""
+    modes = [(module, module.training) for module in norm.modules() if module is not norm]
+    norm.eval()
+    for module, training in modes:
+        module.training = training
 
 
 @contextmanager

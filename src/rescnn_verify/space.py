@@ -315,7 +315,7 @@ EXTREMES = {
     ),
     "long": Space(
         length=Integers(4201, 2**14 + 100), batch=Integers(1, 2), channels=Integers(1, 4),
-        num_blocks=Integers(1, 2), kernel_sizes=Lists(Choice(3, 1, 5, 7, 31), 1, 2),
+        num_blocks=Integers(1, 3), kernel_sizes=Lists(Choice(3, 31, 5, 63, 7), 1, 2),
     ),
     "many rows": Space(
         batch=Integers(261, 2**12), length=Integers(1, 16), channels=Integers(1, 6),
