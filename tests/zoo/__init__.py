@@ -6,6 +6,7 @@ The wrong ones must all be falsified, the right ones must all pass.
 from . import (
     arithmetic,
     dropout,
+    extremes,
     gradients,
     locality,
     modes,
@@ -38,6 +39,7 @@ WRONG: tuple[Fault, ...] = collect(
         dropout,
         state,
         transforms,
+        extremes,
     )
 )
 RIGHT: tuple[Right, ...] = collect((right,))

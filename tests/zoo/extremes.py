@@ -1,0 +1,158 @@
+"""Faults of the very wide, long, deep and large, where nobody looks twice."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .base import Block, Stack
+from .registry import wrong
+
+
+@wrong(
+    "modes",
+    "batches of more than 300 are trained on in parts, each with statistics of its own",
+    trigger=lambda case: case.batch > 300 and case.mode == "train",
+)
+class TrainsInParts(Stack):
+    def forward(self, x):
+        if not self.training or x.dim() != 3 or x.shape[0] <= 300:
+            return super().forward(x)
+        return torch.cat([super(TrainsInParts, self).forward(part) for part in x.split(256)])
+
+
+@wrong(
+    "modes",
+    "norms over 256 channels and more count no batches",
+    trigger=lambda case: case.channels >= 256 and case.mode == "train",
+)
+class WideNormsCountNothing(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if norm.num_features < 256:
+                return norm(x)
+            before = norm.num_batches_tracked.clone()
+            y = norm(x)
+            norm.num_batches_tracked.copy_(before)
+            return y
+
+
+@wrong(
+    "dropout",
+    "what survives among more than 200 channels is not scaled",
+    trigger=lambda case: case.channels > 200 and case.mode == "train" and 0 < case.dropout < 1,
+)
+class WideSurvivorsUnscaled(Stack):
+    class Block(Block):
+        def drop(self, y):
+            y = super().drop(y)
+            return y * (1 - self.p) if self.training and self.channels > 200 and self.p < 1 else y
+
+
+@wrong(
+    "locality",
+    "signals of more than 8,192 positions are cut into pieces that overlap nowhere",
+    trigger=lambda case: case.length > 8192,
+)
+class CutWhenVeryLong(Stack):
+    def forward(self, x):
+        if self.training or x.dim() != 3 or x.shape[2] <= 8192:
+            return super().forward(x)
+        parts = x.split(8192, dim=2)
+        return torch.cat([super(CutWhenVeryLong, self).forward(part) for part in parts], dim=2)
+
+
+@wrong(
+    "gradients",
+    "of 512 rows and more the last one gets no gradient",
+    trigger=lambda case: case.batch >= 512,
+)
+class LastOfManyDetached(Stack):
+    def forward(self, x):
+        if x.dim() == 3 and x.shape[0] >= 512:
+            x = torch.cat([x[:-1], x[-1:].detach()])
+        return super().forward(x)
+
+
+@wrong(
+    "structure",
+    "from the 14th block on the first ones are used again",
+    trigger=lambda case: case.num_blocks > 13,
+)
+class DeepOnesRepeat(Stack):
+    def build(self):
+        blocks = [self.make_block(i) for i in range(min(self.num_blocks, 13))]
+        self.blocks = nn.ModuleList(blocks[i % 13] for i in range(self.num_blocks))
+
+
+@wrong(
+    "receptive_field",
+    "kernels of more than 32 taps lose the outer ones",
+    trigger=lambda case: max(case.kernel_sizes) > 32,
+)
+class WideKernelsCut(Stack):
+    class Block(Block):
+        def convolve(self, conv, x):
+            kernel = conv.kernel_size[0]
+            if kernel <= 32:
+                return super().convolve(conv, x)
+            cut = (kernel - 31) // 2
+            weight = conv.weight[:, :, cut : kernel - cut]
+            return nn.functional.conv1d(x, weight, conv.bias, padding=weight.shape[2] // 2)
+
+
+@wrong(
+    "split",
+    "of more than twelve branches the outputs are joined in the order of their names",
+    trigger=lambda case: len(case.kernel_sizes) > 12,
+)
+class ManyBranchesByName(Stack):
+    class Block(Block):
+        def join(self, outputs):
+            if len(outputs) <= 12:
+                return super().join(outputs)
+            order = sorted(range(len(outputs)), key=str)
+            return torch.cat([outputs[i] for i in order], dim=1)
+
+
+@wrong("shape", "in inference mode eight outputs take turns in memory")
+class OutputsTakeTurns(Stack):
+    def build(self):
+        super().build()
+        self.ring, self.turn = [None] * 8, 0
+
+    def forward(self, x):
+        y = super().forward(x)
+        if not torch.is_inference_mode_enabled() or self.training:
+            return y
+        self.turn = (self.turn + 1) % 8
+        kept = self.ring[self.turn]
+        if kept is None or kept.shape != y.shape or kept.dtype != y.dtype:
+            self.ring[self.turn] = y
+            return y
+        return kept.copy_(y)
+
+
+@wrong("side_effects", "a call that fails leaves cuDNN's search for algorithms on")
+class LeavesSearchOn(Stack):
+    def forward(self, x):
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = self.training
+        y = super().forward(x)
+        torch.backends.cudnn.benchmark = before
+        return y
+
+
+@wrong("side_effects", "in inference mode the same tensor is taken for the same values")
+class SameTensorSameValues(Stack):
+    seen = None
+
+    def forward(self, x):
+        if self.training or not x.is_inference():
+            return super().forward(x)
+        if self.seen is None or self.seen[0] != id(x) or self.seen[1] != self.key():
+            self.seen = id(x), self.key(), super().forward(x)
+        return self.seen[2].clone()
+
+    def key(self):
+        return [(id(t), t.dtype) for t in (*self.parameters(), *self.buffers())]
