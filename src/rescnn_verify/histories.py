@@ -66,19 +66,32 @@ def _can(subject: Subject, case: Case) -> bool:
     return trains and subject.target.promises(case)
 
 
-def _called(mode: str, context: str) -> Event:
+def _on_another_shape(mode: str, act: Callable[..., None]) -> Event:
+    """The event that something is done in a mode, on an input of another shape.
+
+    Args:
+        act: takes the subject, the model, the case of that shape and mode, and the generator.
+    """
+
     def event(
         subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
     ) -> nn.Module:
         other = replace(_other_shape(subject, case, rng), mode=mode)
         if _can(subject, other):
             subject.set_mode(model, mode)
-            with CONTEXTS[context]():
-                subject(model, normal_input(other, "another input"))
-            _leave_inference_mode(model)
+            act(subject, model, other, rng)
         return model
 
     return event
+
+
+def _called(context: str) -> Callable[..., None]:
+    def act(subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator) -> None:
+        with CONTEXTS[context]():
+            subject(model, normal_input(case, "another input"))
+        _leave_inference_mode(model)
+
+    return act
 
 
 def _leave_inference_mode(model: nn.Module) -> None:
@@ -92,41 +105,27 @@ def _leave_inference_mode(model: nn.Module) -> None:
                 module._buffers[name] = buffer.clone()
 
 
-def _autocast(mode: str, context: str) -> Event:
-    def event(
-        subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
-    ) -> nn.Module:
-        other = replace(_other_shape(subject, case, rng), mode=mode)
-        if not _can(subject, other):
-            return model
-        subject.set_mode(model, mode)
+def _autocast(context: str) -> Callable[..., None]:
+    def act(subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator) -> None:
         autocast = torch.autocast(case.device, torch.bfloat16)
         # What a target does not support leaves its mark, too.
         with suppress(Exception), CONTEXTS[context](), autocast:
-            subject.target.call(model, normal_input(other, "another input"))
-        return model
+            subject.target.call(model, normal_input(case, "another input"))
 
-    return event
+    return act
 
 
-def _differentiated(mode: str, *, step: bool) -> Event:
-    def event(
-        subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
-    ) -> nn.Module:
-        other = replace(_other_shape(subject, case, rng), mode=mode)
-        if not _can(subject, other):
-            return model
-        subject.set_mode(model, mode)
-        subject.vjp(model, normal_input(other, "another input"), torch.ones(()))
+def _differentiated(*, step: bool) -> Callable[..., None]:
+    def act(subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator) -> None:
+        subject.vjp(model, normal_input(case, "another input"), torch.ones(()))
         with torch.no_grad():
             for parameter in model.parameters():
                 if step and parameter.grad is not None:
                     # The sign alone, because gradients in train mode know no limit.
                     parameter.sub_(parameter.grad.nan_to_num().sign(), alpha=2.0**-6)
                 parameter.grad = None
-        return model
 
-    return event
+    return act
 
 
 def _refused(subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator) -> nn.Module:
@@ -136,21 +135,10 @@ def _refused(subject: Subject, model: nn.Module, case: Case, rng: np.random.Gene
     return model
 
 
-def _interrupted(mode: str) -> Event:
-    def event(
-        subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator
-    ) -> nn.Module:
-        other = replace(_other_shape(subject, case, rng), mode=mode)
-        parts = list(model.modules())
-        part = parts[rng.integers(len(parts))]
-        if not _can(subject, other):
-            return model
-        subject.set_mode(model, mode)
-        with suppress(Exception), interrupting(part):
-            subject.target.call(model, normal_input(other, "another input"))
-        return model
-
-    return event
+def _interrupted(subject: Subject, model: nn.Module, case: Case, rng: np.random.Generator) -> None:
+    parts = list(model.modules())
+    with suppress(Exception), interrupting(parts[rng.integers(len(parts))]):
+        subject.target.call(model, normal_input(case, "another input"))
 
 
 @contextmanager
@@ -341,18 +329,18 @@ def _copied(subject: Subject, model: nn.Module, case: Case, rng: np.random.Gener
 
 #: By name, the simplest first.
 EVENTS: dict[str, Event] = {
-    "another call": _called("eval", "no_grad"),
-    "a recorded call": _called("eval", "grad"),
-    "a call in inference mode": _called("eval", "inference_mode"),
-    "a training call": _called("train", "no_grad"),
-    "a training call in inference mode": _called("train", "inference_mode"),
-    "a call under autocast": _autocast("eval", "no_grad"),
-    "a training call under autocast": _autocast("train", "grad"),
-    "a backward pass": _differentiated("eval", step=False),
-    "a training step": _differentiated("train", step=True),
+    "another call": _on_another_shape("eval", _called("no_grad")),
+    "a recorded call": _on_another_shape("eval", _called("grad")),
+    "a call in inference mode": _on_another_shape("eval", _called("inference_mode")),
+    "a training call": _on_another_shape("train", _called("no_grad")),
+    "a training call in inference mode": _on_another_shape("train", _called("inference_mode")),
+    "a call under autocast": _on_another_shape("eval", _autocast("no_grad")),
+    "a training call under autocast": _on_another_shape("train", _autocast("grad")),
+    "a backward pass": _on_another_shape("eval", _differentiated(step=False)),
+    "a training step": _on_another_shape("train", _differentiated(step=True)),
     "a refused call": _refused,
-    "an interrupted call": _interrupted("eval"),
-    "an interrupted training call": _interrupted("train"),
+    "an interrupted call": _on_another_shape("eval", _interrupted),
+    "an interrupted training call": _on_another_shape("train", _interrupted),
     "a call on NaN": _not_finite,
     "a call on an empty batch": _empty,
     "a call in another dtype": _elsewhere,
