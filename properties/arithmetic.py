@@ -176,9 +176,10 @@ def _same_at(subject, case, axis, sizes, passes):
         return
     rng = case.rng("sizes")
     sizes = rng.permutation(sorted(sizes)).tolist()
+    contexts = rng.choice(list(CONTEXTS), len(sizes)).tolist()
     if not backward:
         outputs = _outputs_at(found, axis, sizes)
-    for i, size in enumerate(sizes, 1):
+    for i, (size, context) in enumerate(zip(sizes, contexts, strict=True), 1):
         part = replace(case, **{axis: size})
         x, v = (
             data[:size] if axis == "batch" else data[:, :, :size] for data in (found.x, found.v)
@@ -186,7 +187,7 @@ def _same_at(subject, case, axis, sizes, passes):
         what = f"of an integer network at {axis} {size}"
         with onednn(i == len(sizes)):
             if not backward:
-                with CONTEXTS[context := str(rng.choice(list(CONTEXTS)))]():
+                with CONTEXTS[context]():
                     out = subject(model, as_input(part, x))
                 yield same_values(out, outputs[size], f"output {what} under {context}")
                 continue
