@@ -5,15 +5,17 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from torch import nn
 
 from rescnn_verify.bounds.roundoff import FORMATS
-from rescnn_verify.compare import equal, same_bits, same_tensors, same_values, within
+from rescnn_verify.compare import equal, same_values, within
 from rescnn_verify.drawing import SEAMS
-from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
+from rescnn_verify.learning import batches_counted, learned_by, learns_as_the_reference
+from rescnn_verify.needs import BATCH_NORM, CHANNEL_DROPOUT, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify, certify_prefixes, make_real, values_of
 from rescnn_verify.oracles.integer import exact_pass, outputs_of_prefixes
-from rescnn_verify.oracles.layers import Block, gradients_beside, read_network
-from rescnn_verify.oracles.real import real_pass, running_statistics
+from rescnn_verify.oracles.layers import gradients_beside, read_network
+from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import (
     FROZEN,
     PARTS,
@@ -25,7 +27,7 @@ from rescnn_verify.probes import (
 )
 from rescnn_verify.space import INPUTS, LARGE, Choice, Constraint, Integers, Lists, at_least
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import CONTEXTS, kernel_sets, onednn
+from rescnn_verify.subject import CONTEXTS, kernel_sets, onednn, seed_torch
 
 REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM)
 EVAL = INPUTS.narrow(mode=Choice("eval"), batch=at_least(1))
@@ -399,31 +401,18 @@ def _trains_as_the_reference(subject, case):
     for parameter in part_of(model, blocks, case["constant"], case.rng("constant")):
         parameter.requires_grad_(False)
     x = as_input(case, _real_input(case))
-    yield from _learns_as_the_reference(subject, case, model, network, x)
+    yield from _learns(subject, case, model, network, x)
 
 
-def _learns_as_the_reference(subject, case, model, network, x, *, finite=False):
-    """A training call's output, and what each norm has learned, are within their bounds.
+def _learns(subject, case, model, network, x, finite=False):
+    def forward():
+        with CONTEXTS[case["context"]]():
+            return subject(model, x)
 
-    A backward pass then changes nothing of it. A bound is lost where a channel is constant over the
-    batch but for round-off.
-    """
-    blocks = subject.handles(model, case)
-    counted = [[int(layer.norm.num_batches_tracked) for layer in b.layers] for b in blocks]
-    with CONTEXTS[case["context"]]():
-        out = subject(model, x)
     form = FORMATS[case.dtype]
-    expected = real_pass(network, x.cpu().double().numpy(), train=True, form=form)
-    if finite:
-        bad = int((~torch.isfinite(out)).sum())
-        yield equal(bad, 0, "elements of the output that are NaN or infinite")
-    if expected.in_range and np.isfinite(expected.out.error).all():
-        yield within(out, expected.out, "output in train mode, against the reference")
-    yield from _learned(counted, blocks, network, expected, case.dtype)
-    if out.requires_grad:
-        learned = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        subject.backward(out, torch.ones_like(out))
-        yield same_tensors(dict(model.named_buffers()), learned, "buffers after a backward pass")
+    yield from learns_as_the_reference(
+        subject, case, model, network, x, form, forward, finite=finite
+    )
 
 
 def _real_network(blocks, case):
@@ -440,37 +429,14 @@ def _frozen(network, blocks, case):
     for block, flags in zip(network, chosen, strict=True):
         layers = (*block.branches, block.fusion)
         layers = [replace(layer, frozen=f) for layer, f in zip(layers, flags, strict=True)]
-        frozen.append(Block(tuple(layers[:-1]), layers[-1]))
+        frozen.append(replace(block, branches=tuple(layers[:-1]), fusion=layers[-1]))
     return tuple(frozen)
-
-
-def _learned(counted, blocks, network, expected, dtype):
-    """The norms of a model have learned from one batch what the reference has."""
-    for i, (block, before, batch) in enumerate(
-        zip(blocks, network, expected.statistics, strict=True)
-    ):
-        layers = (*before.branches, before.fusion)
-        for j, (handle, old, new) in enumerate(zip(block.layers, layers, batch, strict=True)):
-            where = f"of norm {j} of block {i}"
-            after = int(handle.norm.num_batches_tracked)
-            yield equal(after, counted[i][j] + (new is not None), f"num_batches_tracked {where}")
-            if new is None:
-                yield same_bits(handle.norm.running_mean, old.mean, f"frozen mean {where}")
-                yield same_bits(handle.norm.running_var, old.variance, f"frozen variance {where}")
-                continue
-            mean, variance = running_statistics(old, new, FORMATS[dtype])
-            for name, bounded, learned in (
-                ("mean", mean, handle.norm.running_mean),
-                ("variance", variance, handle.norm.running_var),
-            ):
-                if np.isfinite(bounded.error).all():
-                    yield within(learned, bounded, f"running {name} {where}")
 
 
 @statement(
     space=INPUTS.narrow(
         mode=Choice("train"), dtype=Choice("float32", "bfloat16", "float16"),
-        channels=Integers(1, 3), num_blocks=Choice(1), kernel_sizes=Lists(Choice(3, 1, 5), 1, 2),
+        channels=Integers(1, 4), num_blocks=Choice(1), kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3),
         dropout=Choice(0.0), batch=Choice(5, 130), length=Choice(9, 512), context=Choice(*CONTEXTS),
         magnitude=Choice(1.0, 64.0),
     ),
@@ -492,7 +458,7 @@ def training_on_many_values_is_within_the_bound(subject, case):
     randomise(model, case.rng("weights"))
     network = read_network(blocks)
     x = as_input(case, case.rng("input").standard_normal(case.shape) * case["magnitude"])
-    yield from _learns_as_the_reference(subject, case, model, network, x, finite=True)
+    yield from _learns(subject, case, model, network, x, finite=True)
 
 
 @statement(
@@ -535,6 +501,60 @@ def real_gradients_are_within_their_bound(subject, case):
         return
     for what, gradient, bounded in gradients_beside(blocks, expected.gradients, constant):
         yield within(gradient, bounded, what)
+
+
+@statement(
+    space=INPUTS.narrow(
+        dtype=Choice("float64"), mode=Choice("train"), batch=at_least(1),
+        dropout=Choice(0.5, 0.1, 0.3, 0.9, 1.0, 0.001), magnitude=Choice(1.0, 1e-3, 1e3),
+        passes=Choice(*PASSES), context=Choice(*CONTEXTS), constant=Choice("nothing", *PARTS),
+    ),
+    needs=(*REFERENCE, CHANNEL_DROPOUT, DIRECT),
+    evidence="bounded",
+    work=2**15,
+)  # fmt: skip
+def training_with_dropout_is_within_the_bound(subject, case):
+    """With dropout, too, a training call returns, learns and passes back what the reference does.
+
+    All fusions but one return zero, and the input is positive, so that the output tells which
+    channels were dropped. Those parameters whose gradients depend on other masks are held constant.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    make_real(blocks, case, case["magnitude"])
+    chosen = blocks[case.rng("block").integers(len(blocks))]
+    others = tuple(block for block in blocks if block is not chosen)
+    zero_fusion(others, "norm")
+    constant = part_of(model, blocks, case["constant"], case.rng("constant"))
+    for norm in (block.fusion.norm for block in others):
+        constant |= {p for p in (norm.weight, norm.bias) if isinstance(p, nn.Parameter)}
+    for parameter in constant:
+        parameter.requires_grad_(False)
+    network, counted = read_network(blocks), batches_counted(blocks)
+    x = as_input(case, np.abs(case.rng("input").standard_normal(case.shape)) * case["magnitude"])
+    v = as_input(
+        replace(case, layout="contiguous"), case.rng("gradient").standard_normal(case.shape)
+    )
+    backward, gradient = case["passes"] == "backward", None
+    seed_torch(case.seed)
+    if backward:
+        out, gradient = subject.vjp(model, x, v)
+    else:
+        with CONTEXTS[case["context"]]():
+            out = subject(model, x)
+    survived = (out != x).any(dim=2).cpu().numpy()
+    scale = 0.0 if case.dropout == 1 else 1 / (1 - np.longdouble(case.dropout))
+    network = tuple(replace(block, mask=survived * scale) for block in network)
+    v = v.cpu().numpy() if backward else None
+    expected = real_pass(network, values_of(case, x), v=v, train=True)
+    if np.isfinite(expected.out.error).all():
+        yield within(out, expected.out, "output in train mode, against the reference")
+    yield from learned_by(blocks, counted, network, expected, FORMATS[case.dtype])
+    if not backward or expected.kink or not np.isfinite(expected.input_gradient.error).all():
+        return
+    yield within(gradient, expected.input_gradient, "gradient at the input")
+    for what, own, bounded in gradients_beside(blocks, expected.gradients, constant):
+        yield within(own, bounded, what)
 
 
 @statement(

@@ -38,6 +38,8 @@ MASKS_FIT = Constraint(
 )
 #: False alarms of one statistical comparison; a run makes fewer than 1e6 of them.
 ALPHA = 1e-16
+#: Pairs of which it is less likely that all agree, at a dropout of 0.1 or 0.9.
+ENOUGH = 256
 
 
 @statement(
@@ -93,13 +95,13 @@ def survivors_are_scaled(subject, case):
     space=INPUTS.narrow(
         mode=Choice("train"), batch=Choice(256), length=Choice(2),
         channels=Integers(16, 32), num_blocks=Choice(1, 2, 3, 4, 6),
-        kernel_sizes=Lists(Choice(3, 1), 1, 3),
-        dropout=Choice(0.3, 0.001, 0.9),
+        kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3),
+        dropout=Choice(0.3, 0.1, 0.001, 0.9),
     ),
     needs=NEEDS,
     evidence="statistical",
     work=2**23,
-    effort=0.7,
+    effort=0.4,
 )  # fmt: skip
 def rate_and_independence(subject, case):
     """Channels are dropped at rate p, independently over samples, channels, blocks and calls.
@@ -111,25 +113,11 @@ def rate_and_independence(subject, case):
     """
     p = case.dropout
     model = subject.model(case)
-    blocks = subject.handles(model, case)
-    # 16 bits have room for two blocks.
-    room = case.num_blocks if case.dtype in ("float32", "float64") else 2
-    seen = sorted(case.rng("blocks").permutation(case.num_blocks)[:room].tolist())
-    for i, block in enumerate(blocks):
-        shift = 4.0 ** seen.index(i) * (1 - p) if i in seen else 0.0
-        set_norm(block.fusion.norm, scale=0.0, shift=shift)
-    x = as_input(case, np.zeros(case.shape))
-    seed_torch(case.seed)
     with torch.no_grad():
-        count = 4 if case.num_blocks <= 2 else 2
-        calls = [subject(model, x)[:, :, 0].double().cpu().numpy() for _ in range(count)]
-    # Survivors contribute 4^i, i counting `seen`: base-4 digits say which blocks kept a channel.
-    codes = np.rint(np.stack(calls)).astype(np.int64)
-    kept = np.stack([(codes // 4**i) % 4 for i in range(len(seen))]).astype(bool)
-    # Axes of kept: block, call, sample, channel.
+        seen, kept = _masks(subject, model, case, calls=4 if case.num_blocks <= 2 else 2)
     yield _binomial(int((~kept).sum()), kept.size, p, f"channels dropped at dropout {p}")
     planes = kept.reshape(-1, *kept.shape[2:])
-    names = [f"block {i} in call {j}" for i in seen for j in range(len(calls))]
+    names = [f"block {i} in call {j}" for i in seen for j in range(kept.shape[1])]
     for axis, along in ((1, "samples"), (2, "channels")):
         yield _dispersed((~planes).sum(axis=axis), planes.shape[axis], p, along)
     for a, b in combinations_with_replacement(range(len(planes)), 2):
@@ -137,9 +125,56 @@ def rate_and_independence(subject, case):
 
 
 @statement(
+    space=TRAIN.narrow(dropout=Choice(0.5, 0.1, 0.3, 0.9), context=Choice(*CONTEXTS)),
+    needs=NEEDS,
+    evidence="statistical",
+    effort=0.7,
+    inputs=2,
+)
+def neighbours_have_masks_of_their_own(subject, case):
+    """Of any architecture and input, neighbouring blocks, calls, samples and channels drop apart.
+
+    The number dropped, and how often neighbours agree, stay within limits that a correct model
+    fails with probability 1e-16 each. Small masks are looked at in more calls, up to 24.
+    """
+    p = case.dropout
+    model = subject.model(case)
+    with CONTEXTS[case["context"]]():
+        calls = int(np.clip(2 * ENOUGH // (case.batch * case.channels), 2, 24))
+        _, kept = _masks(subject, model, case, calls=calls)
+    yield _binomial(int((~kept).sum()), kept.size, p, f"channels dropped at dropout {p}")
+    for axis, name in enumerate(("blocks", "calls", "samples", "channels")):
+        lines = np.moveaxis(kept, axis, 0)
+        for first in (0, 1):  # disjoint pairs, so that they are independent
+            a, b = lines[first::2], lines[first + 1 :: 2]
+            alike = a[: len(b)] == b
+            if alike.size:
+                expected = p * p + (1 - p) * (1 - p)
+                where = f"masks alike of neighbouring {name}, from the {('first', 'second')[first]}"
+                yield _binomial(int(alike.sum()), alike.size, expected, where)
+
+
+def _masks(subject, model, case, calls):
+    """Blocks, and which channels each kept: axes block, call, sample, channel."""
+    p, blocks = case.dropout, subject.handles(model, case)
+    # Survivors contribute 4^i, i counting blocks: base-4 digits say which blocks kept a channel.
+    room = min(case.num_blocks, 8 if case.dtype in ("float32", "float64") else 2)
+    seen = sorted(case.rng("blocks").permutation(case.num_blocks)[:room].tolist())
+    for i, block in enumerate(blocks):
+        shift = 4.0 ** seen.index(i) * (1 - p) if i in seen else 0.0
+        set_norm(block.fusion.norm, scale=0.0, shift=shift)
+    x = as_input(case, np.zeros(case.shape))
+    seed_torch(case.seed)
+    outs = [subject(model, x)[:, :, 0].detach().double().cpu().numpy() for _ in range(calls)]
+    codes = np.rint(np.stack(outs)).astype(np.int64)
+    return seen, np.stack([(codes // 4**i) % 4 for i in range(room)]).astype(bool)
+
+
+@statement(
     space=INPUTS.narrow(
         mode=Choice("train"), batch=Choice(2), length=Choice(1), channels=Integers(64, 100),
-        num_blocks=Choice(1), kernel_sizes=Lists(Choice(1), 1, 1), dropout=Choice(0.5, 0.3),
+        num_blocks=Choice(1), kernel_sizes=Lists(Choice(1, 3, 5, 7), 1, 3),
+        dropout=Choice(0.5, 0.3),
         dtype=Choice("float32", "float64"),
     ),
     needs=NEEDS,

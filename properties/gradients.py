@@ -494,7 +494,7 @@ def second_derivatives_are_the_reference_s(subject, case):
     space=INPUTS.narrow(
         dtype=Choice("float64"), num_blocks=Choice(1), channels=Integers(2, 6),
         batch=Choice(32, 16, 64), length=Choice(1024, 256, 512), dropout=Choice(0.0),
-        kernel_sizes=Lists(Choice(3, 1, 5), 1, 2), layout=Choice("contiguous", "transposed"),
+        kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3), layout=Choice("contiguous", "transposed"),
     ),
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
     evidence="bounded", work=2**24, inputs=1, effort=0.3)  # fmt: skip

@@ -126,7 +126,7 @@ def _names_its_reason(error, names, value, what):
     space=Space(
         kind=Choice("int", "int64", "uint8", "int8"),
         kernels=Choice("list", "array", "tensor", "generator"), seed=INPUTS.get("seed"),
-        kernel_sizes=Lists(Choice(31, 3, 15, 5), 1, 3),
+        kernel_sizes=Lists(Choice(31, 3, 15, 5, 7), 1, 3),
     ),
     needs=(CONTRACT,), effort=6,
 )  # fmt: skip

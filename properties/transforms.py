@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from rescnn_verify.bounds.roundoff import FORMATS
 from rescnn_verify.compare import describe, equal, same_tensors, same_values, within
 from rescnn_verify.handles import put
+from rescnn_verify.learning import learns_as_the_reference
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify_prefixes
 from rescnn_verify.oracles.layers import read_network
@@ -127,6 +128,30 @@ def autocast_is_the_same_function(subject, case):
             return subject.target.call(model, x)
 
     yield from _same_function(subject, case, cast, "autocast", FORMATS["bfloat16"])
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("train"), dtype=Choice("float32"), batch=Integers(1, 3), length=Integers(1, 12),
+        dropout=Choice(0.0), num_blocks=Choice(1), channels=Integers(1, 24),
+    ),
+    needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4,
+)  # fmt: skip
+def autocast_learns_the_same(subject, case):
+    """A training call under autocast is within bfloat16's bound, and so is what the norms learn.
+
+    Of few values, where the biased and the unbiased variance are far apart.
+    """
+    model = subject.model(case)
+    randomise(model, case.rng("weights"))
+    network, x = read_network(subject.handles(model, case)), normal_input(case)
+
+    def forward():
+        with _supported("autocast"), torch.autocast(case.device, torch.bfloat16):
+            return subject.target.call(model, x)
+
+    form = FORMATS["bfloat16"]
+    yield from learns_as_the_reference(subject, case, model, network, x, form, forward)
 
 
 @statement(space=EVAL, needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4)

@@ -311,11 +311,11 @@ EXTREMES = {
     "many channels": Space(
         channels=Choice(512, 160, 256, 300, 257, 513, 768, 1024, 200, 129),
         batch=Integers(0, 4), length=Integers(1, 16), num_blocks=Integers(1, 2),
-        kernel_sizes=Lists(Choice(3, 1, 5), 1, 3),
+        kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3),
     ),
     "long": Space(
         length=Integers(4201, 2**14 + 100), batch=Integers(1, 2), channels=Integers(1, 4),
-        num_blocks=Integers(1, 3), kernel_sizes=Lists(Choice(3, 31, 5, 63, 7), 1, 2),
+        num_blocks=Integers(1, 3), kernel_sizes=Lists(Choice(3, 31, 5, 63, 7), 1, 3),
     ),
     "many rows": Space(
         batch=Integers(261, 2**12), length=Integers(1, 16), channels=Integers(1, 6),
@@ -323,7 +323,7 @@ EXTREMES = {
     ),
     "deep": Space(
         num_blocks=Choice(16, 13, 20, 32, 17), channels=Integers(1, 6), batch=Integers(0, 4),
-        length=Integers(1, 100), kernel_sizes=Lists(Choice(3, 1, 5), 1, 2),
+        length=Integers(1, 100), kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3),
     ),
     "wide kernels": Space(
         kernel_sizes=Lists(Choice(33, 17, 19, 21, 51, 63, 65, 101, 127), 1, 3),

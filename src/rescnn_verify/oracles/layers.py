@@ -61,10 +61,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Block:
-    """The layers of one residual block."""
+    """The layers of one residual block.
+
+    Args:
+        branches: in the order of the kernel sizes.
+        fusion: of what the branches return.
+        mask: what dropout multiplies the fusion's output with, shape (batch, channels); None where
+            it does nothing.
+    """
 
     branches: tuple[Layer, ...]
     fusion: Layer
+    mask: Array | None = None
 
 
 @dataclass(frozen=True)

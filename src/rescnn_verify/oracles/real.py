@@ -152,7 +152,8 @@ def real_pass(
         network: any finite weights.
         x: input, shape (batch, channels, length).
         v: vector of the vector-Jacobian product, of the same shape; None for the forward pass only.
-        train: normalise with the batch's own statistics (no dropout), but for frozen norms.
+        train: normalise with the batch's own statistics, but for frozen norms; dropout is what the
+            blocks' masks say.
         form: the format that the bounds are for. What is stored on the way may be rounded as often
             as a kernel has taps or a fusion has branches, and a few times more; a parameter's
             gradient once for each `SHORTEST` positions of a sample: torch's own kernels add it up
@@ -171,7 +172,8 @@ def real_pass(
             np.concatenate([a.error for a in active], 1),
         )
         fused = _real_layer(block.fusion, joined, train, form, parts=len(block.branches))
-        total = _sum(out, fused.out, fused.terms, len(inside), form)
+        dropped = _dropped(fused.out, block.mask, form)
+        total = _sum(out, dropped, fused.terms, len(inside), form)
         kink |= any(_undecided(step.out) for step in inside) or _undecided(total)
         reach.note(*(step.reach for step in (*inside, fused)), total.most)
         tape.append((inside, fused, total))
@@ -186,7 +188,8 @@ def real_pass(
     gradients: list[tuple[Gradients[Bounded], ...]] = []
     for block, (inside, fused, total) in zip(reversed(network), reversed(tape), strict=True):
         gradient = _masked(gradient, total)
-        back, own = _real_back(block.fusion, fused, gradient, train, form, reach)
+        kept = _dropped(gradient, block.mask, form)
+        back, own = _real_back(block.fusion, fused, kept, train, form, reach)
         layers = []
         at, kernels = 0, sum(layer.weight.shape[2] for layer in block.branches)
         for layer, step in zip(block.branches, inside, strict=True):
@@ -229,6 +232,18 @@ def _masked(gradient: Bounded, x: Bounded) -> Bounded:
     return Bounded(
         np.where(x.value > 0, gradient.value, 0), np.where(x.value > 0, gradient.error, 0)
     )
+
+
+def _dropped(x: Bounded, mask: Array | None, form: Format) -> Bounded:
+    """What dropout leaves of x, by a mask of 0 and s = 1/(1 − p).
+
+    Roundings of p, of 1 − p, of its inverse and of the product: with p/(1 − p) = s − 1 they come
+    to less than 4s units.
+    """
+    if mask is None:
+        return x
+    scale = mask.astype(form.exact)[:, :, None]
+    return Bounded(scale * x.value, scale * (x.error + form.gamma(4, 4) * scale * x.most))
 
 
 def _sum(a: Bounded, b: Bounded, terms: int, stored: int, form: Format) -> Bounded:
