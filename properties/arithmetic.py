@@ -436,13 +436,13 @@ def _frozen(network, blocks, case):
 @statement(
     space=INPUTS.narrow(
         mode=Choice("train"), dtype=Choice("float32", "bfloat16", "float16"),
-        channels=Integers(1, 4), num_blocks=Choice(1), kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3),
+        channels=Integers(1, 3), num_blocks=Choice(1), kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3),
         dropout=Choice(0.0), batch=Choice(5, 130), length=Choice(9, 512), context=Choice(*CONTEXTS),
         magnitude=Choice(1.0, 64.0),
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
-    work=2**22,
+    work=2**23,
     effort=0.4,
 )  # fmt: skip
 def training_on_many_values_is_within_the_bound(subject, case):

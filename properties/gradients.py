@@ -497,7 +497,7 @@ def second_derivatives_are_the_reference_s(subject, case):
         kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3), layout=Choice("contiguous", "transposed"),
     ),
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
-    evidence="bounded", work=2**24, inputs=1, effort=0.3)  # fmt: skip
+    evidence="bounded", work=2**25, inputs=1, effort=0.3)  # fmt: skip
 def second_derivatives_at_large_inputs_are_the_reference_s(subject, case):
     """The same for inputs of thousands of values for each channel.
 

@@ -274,8 +274,6 @@ def draw_value(draw: Draw, name: str, factor: Factor) -> Any:
     if isinstance(factor, Floats):
         return draw.real(factor.low, factor.high)
     if isinstance(factor, Lists):
-        if name == "kernel_sizes" and draw.integer(0, 5) == 5 and Config.kernel_sizes in factor:
-            return Config.kernel_sizes  # what most people have, and a path of their own for
         size = _integer(draw, factor.low, factor.high, small=2)
         return tuple(draw_value(draw, name, factor.element) for _ in range(size))
     if name == "seed":

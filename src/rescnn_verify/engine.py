@@ -47,6 +47,10 @@ Trial = tuple[Case, ...]
 #: times as much as the property otherwise allows: so large inputs are seen, if less often.
 DEAR_EVERY, DEAR = 16, 64
 
+#: Every so many sampled trials, and extreme cases, have the documented kernels, as far as a space
+#: has them: what most people have, and have fast paths for.
+DOCUMENTED_EVERY = 6
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -320,7 +324,7 @@ class _Run:
             dear = not self.target.promises_everything and number % DEAR_EVERY == 0
             work = self.prop.work * (DEAR if dear else 1)
             try:
-                trial = self._draw(draw, work)
+                trial = self._draw(draw, self._turn(self.usual, number), work)
             except NoCase:
                 self.tally.discarded += 1
                 if over():
@@ -342,7 +346,10 @@ class _Run:
             if modes:  # in turn, as the cases are few
                 space = space.narrow(mode=Choice(modes[(turn + place) % len(modes)]))
             try:
-                case = draw_extreme(draw, space, regions[place])
+                region = self._turn(regions[place], number)
+                case = draw_extreme(
+                    draw, space, region if self._reaches(region) else regions[place]
+                )
             except NoCase:
                 self.tally.discarded += 1
                 continue
@@ -397,10 +404,20 @@ class _Run:
         except Unsatisfiable:
             self.tally.discarded += 1
 
-    def _draw(self, draw: RandomDraw, work: int) -> Trial:
+    def _draw(self, draw: RandomDraw, space: Space, work: int) -> Trial:
         return draw_trial(
-            draw, self.usual, max_size=self.prop.inputs, work=work, any_config=self._any_config
+            draw, space, max_size=self.prop.inputs, work=work, any_config=self._any_config
         )
+
+    def _turn(self, space: Space, number: int) -> Space:
+        """The space, or the documented kernels in it when it is their turn."""
+        kernels, width = space.get("kernel_sizes"), space.get("channels")
+        least = len(Config.kernel_sizes)
+        if number % DOCUMENTED_EVERY or kernels is None or Config.kernel_sizes not in kernels:
+            return space
+        if isinstance(width, Integers) and width.high < least:
+            return space
+        return space.narrow(kernel_sizes=Choice(Config.kernel_sizes))
 
     def _has_cases(self) -> bool:
         """Whether cases can be drawn: Hypothesis takes long to find out that none can."""
@@ -409,7 +426,7 @@ class _Run:
         draw = RandomDraw(self.seed)
         for _ in range(3):
             with suppress(NoCase):
-                self._draw(draw, self.prop.work)
+                self._draw(draw, self.usual, self.prop.work)
                 return True
         return False
 

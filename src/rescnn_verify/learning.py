@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from rescnn_verify.bounds.roundoff import Format
+from rescnn_verify.bounds.roundoff import FORMATS, Format
 from rescnn_verify.case import Case
 from rescnn_verify.compare import Comparison, equal, same_bits, same_tensors, within
 from rescnn_verify.handles import BlockHandles
@@ -95,7 +95,8 @@ def learned_by(
                 yield same_bits(norm.running_mean, old.mean, f"frozen mean {where}")
                 yield same_bits(norm.running_var, old.variance, f"frozen variance {where}")
                 continue
-            mean, variance = running_statistics(old, new, form)
+            stored = FORMATS[str(norm.running_mean.dtype).removeprefix("torch.")]
+            mean, variance = running_statistics(old, new, form, stored)
             for name, bounded, learned in (
                 ("mean", mean, norm.running_mean),
                 ("variance", variance, norm.running_var),

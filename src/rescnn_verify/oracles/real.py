@@ -62,7 +62,7 @@ class TrainStatistics:
 
 
 def running_statistics(
-    layer: Layer, batch: TrainStatistics, form: Format = FLOAT64
+    layer: Layer, batch: TrainStatistics, form: Format = FLOAT64, stored: Format | None = None
 ) -> tuple[Bounded, Bounded]:
     """A norm's running mean and variance after a training batch, by the documented law.
 
@@ -73,12 +73,17 @@ def running_statistics(
         layer: with the statistics before.
         batch: what a training pass made of the norm's input.
         form: the format that the bounds are for.
+        stored: that of the running statistics where it is another.
     """
+    keep, take, own = form.exact("0.9"), form.exact("0.1"), stored or form
 
     def moved(old: Array, new: Bounded) -> Bounded:
-        value = form.exact("0.9") * old + form.exact("0.1") * new.value
-        own = 10 * form.exact(form.unit) * (np.abs(old) + new.most)
-        return Bounded(value, form.exact("0.1") * new.error + own + form.smallest)
+        value = keep * old + take * new.value
+        rounded = (
+            form.exact(own.unit) * np.abs(old) + form.exact(own.unit + form.unit) * take * new.most
+        )
+        error = take * new.error + 10 * rounded + max(form.smallest, own.smallest)
+        return Bounded(value, error)
 
     return moved(layer.mean, batch.mean), moved(layer.variance, batch.variance)
 
