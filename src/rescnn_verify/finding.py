@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,6 +20,9 @@ from rescnn_verify.handles import BlockHandles, ConvNorm, put
 __all__ = ["contract_handles"]
 
 T = TypeVar("T")
+
+#: Bits of what one run of a model tells, so that what computes in float32 inside tells them, too.
+ROOM = 20
 
 
 def contract_handles(model: nn.Module, config: Config) -> tuple[BlockHandles, ...]:
@@ -227,35 +231,43 @@ def _by_behaviour(twin: nn.Module, config: Config) -> list[list[ConvNorm]] | Non
         for conv in convs:
             put(conv, "weight", np.full((), weights.get(conv, 0.0)))
 
+    def shared(values: dict[_BatchNorm, float]) -> dict[_BatchNorm, float]:
+        """What each of a norm's channels must have for all of them to sum up to its value."""
+        return {norm: value / norm.num_features for norm, value in values.items()}
+
     for conv in convs:
         put(conv, "bias", np.zeros(()))
     for norm in norms:
         put(norm, "running_mean", np.zeros(()))
         put(norm, "running_var", np.full((), 1 - norm.eps))  # they scale by exactly 1, or nearly
     weigh({})
-    fusion_norms = [norm for norm in norms if round(run({}, {norm: 1.0})) == 1]
+    counted = _numbers(norms, 1, lambda shifts: run({}, shifts))
+    fusion_norms = [norm for norm, count in zip(norms, counted, strict=True) if count == 1]
     branch_norms = [norm for norm in norms if norm not in fusion_norms]
     if len(fusion_norms) != config.num_blocks:
         return None
     # Of one position one tap of each kernel is seen, so weights of c/inputs make a sum of c.
     weigh({conv: i / conv.weight.shape[1] for i, conv in enumerate(convs, 1)})
     active = dict.fromkeys(branch_norms, 1.0)
-    fusions = [_numbered(convs, run({norm: 1.0}, active)) for norm in fusion_norms]
+    places = _numbers(fusion_norms, len(convs), lambda scales: run(scales, active))
+    fusions = [_numbered(convs, place) for place in places]
     if len(set(fusions)) != len(fusions):
         return None
     weigh(dict.fromkeys(fusions, 1.0))
     numbered = {norm: float(i) for i, norm in enumerate(fusion_norms, 1)}
     members: list[list[_BatchNorm]] = [[] for _ in fusion_norms]
-    for norm in branch_norms:
-        _numbered(members, run(numbered, {norm: 1.0}) / norm.num_features).append(norm)
+    places = _numbers(branch_norms, len(fusions), lambda shifts: run(numbered, shared(shifts)))
+    for norm, place in zip(branch_norms, places, strict=True):
+        _numbered(members, place).append(norm)
     own = {c: i / c.weight.shape[1] for i, c in enumerate(convs, 1) if c not in fusions}
     weigh(own | dict.fromkeys(fusions, 1.0))
     passing = dict.fromkeys(fusion_norms, 1.0)
     blocks = []
     for fusion, fusion_norm, inside in zip(fusions, fusion_norms, members, strict=True):
+        places = _numbers(inside, len(convs), lambda scales: run(passing | shared(scales), {}))
         branches = [
-            ConvNorm(_numbered(convs, run({**passing, norm: 1.0}, {}) / norm.num_features), norm)
-            for norm in inside
+            ConvNorm(_numbered(convs, place), norm)
+            for norm, place in zip(inside, places, strict=True)
         ]
         blocks.append([*branches, ConvNorm(fusion, fusion_norm)])
     found = [part.conv for block in blocks for part in block]
@@ -263,15 +275,37 @@ def _by_behaviour(twin: nn.Module, config: Config) -> list[list[ConvNorm]] | Non
     return blocks if len(set(found)) == len(convs) and sizes == {config.branches + 1} else None
 
 
-def _numbered(items: Sequence[T], number: float) -> T:
+def _numbers(
+    norms: Sequence[_BatchNorm], most: int, run: Callable[[dict[_BatchNorm, float]], float]
+) -> list[int]:
+    """The integer, up to ``most``, that a model multiplies each norm's value with.
+
+    The values are powers of a base, so that one run tells several.
+
+    Args:
+        norms: which.
+        most: the largest integer.
+        run: the sum of all values so multiplied.
+    """
+    base = most + 1
+    room = max(1, int(ROOM / math.log2(base)))
+    numbers = []
+    for at in range(0, len(norms), room):
+        some = norms[at : at + room]
+        total = round(run({norm: float(base**k) for k, norm in enumerate(some)}))
+        numbers += [total // base**k % base for k in range(len(some))]
+    return numbers
+
+
+def _numbered(items: Sequence[T], number: int) -> T:
     """The item of a number, counted from 1.
 
     Raises:
         LookupError: there is none.
     """
-    if not 1 <= round(number) <= len(items):
+    if not 1 <= number <= len(items):
         raise LookupError(number)
-    return items[round(number) - 1]
+    return items[number - 1]
 
 
 def _block_modules(model: nn.Module, count: int) -> Sequence[nn.Module]:

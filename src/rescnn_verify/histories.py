@@ -275,7 +275,8 @@ def edit(model: nn.Module, how: str, way: str, rng: np.random.Generator, *, ever
     chosen = tensors if every or not tensors else [tensors[rng.integers(len(tensors))]]
     for tensor in chosen:
         with torch.no_grad():
-            new = EDITS[how](tensor.detach())
+            # Laid out alike: for other strides, if only of one element, torch may round otherwise.
+            new = torch.empty_like(tensor).copy_(EDITS[how](tensor.detach()))
             if way == "in place":
                 tensor.copy_(new)
             elif way == "through .data":
