@@ -472,7 +472,7 @@ def a_small_fusion_hardly_changes_the_gradient(subject, case):
 
 @statement(
     space=INPUTS.narrow(
-        dtype=Choice("float64"), num_blocks=Choice(1), channels=Integers(1, 16),
+        dtype=Choice("float64", "float32"), num_blocks=Choice(1), channels=Integers(1, 16),
         batch=Choice(1, 2, 4), length=Choice(4, 2), dropout=Choice(0.0),
         layout=Choice("contiguous", "transposed", "strided"),
     ),
@@ -483,9 +483,10 @@ def second_derivatives_are_the_reference_s(subject, case):
 
     Gradient penalties and Hessian-vector products need them. On a balanced network (see
     `make_balanced`) all sums and means are multiples of a power of two, so that plain operations
-    round nothing; other ways to take a mean may, a few thousand operations of 2^-53. A forgotten
-    term is at least the inverse of a power of the number of values, at most 16. In between is half
-    of the significand: 2^-26 of the largest entry, in units in which all are alike.
+    round nothing; other ways to take a mean may, a few thousand operations of 2^-53, or of 2^-24.
+    A forgotten term is at least the inverse of a power of the number of values, at most 16. In
+    between is half of the significand: 2^-26, or 2^-12, of the largest entry, in units in which
+    all are alike.
     """
     yield from _second_derivatives(subject, case)
 
@@ -533,14 +534,15 @@ def _second_derivatives(subject, case):
     copies = {leaf: leaf.detach().clone().requires_grad_() for leaf in units}
     own = plain_call(blocks, copies, copies[x], train=case.mode == "train")
     expected = second_derivative(own, list(copies.values()), v, directions)
-    expected = [part.cpu().numpy() for part in expected]
+    expected = [part.double().cpu().numpy() for part in expected]
     largest = max(
         float(np.abs(part).max()) * unit
         for part, unit in zip(expected, units.values(), strict=True)
     )
     for (leaf, unit), part, exact in zip(units.items(), got, expected, strict=True):
         what = "the input" if leaf is x else f"a parameter of shape {tuple(leaf.shape)}"
-        error = np.full(exact.shape, 2.0**-26 * largest / unit)
+        half = 2.0 ** -(SIGNIFICAND_BITS[case.dtype] // 2)
+        error = np.full(exact.shape, half * largest / unit)
         yield within(part, Bounded(exact, error), f"second derivative at {what}")
 
 

@@ -24,6 +24,8 @@ from rescnn_verify.subject import NotApplicable, kernel_sets, onednn
 #: From here up the variance of a norm is a normal number, and eps is no small part of the least.
 LEAST_VARIANCE = {"float64": 1e-9, "float32": 1e-7, "bfloat16": 1e-7, "float16": 1e-4}
 REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT)
+#: What a loss is scaled by.
+LOSSES = (1.0, 2.0**10, 2.0**-5)
 
 
 @statement(
@@ -105,7 +107,7 @@ def gradients_are_within_the_bound(subject, case):
 
 
 @statement(
-    space=INPUTS.narrow(mode=Choice("eval"), batch=at_least(1)),
+    space=INPUTS.narrow(mode=Choice("eval"), batch=at_least(1), loss=Choice(*LOSSES)),
     needs=REFERENCE,
     evidence="bounded",
     work=2**18,
@@ -114,7 +116,7 @@ def positive_networks_are_within_the_bound_at_any_size(subject, case):
     """In every dtype output and gradients of a positive network are within their bounds.
 
     Nothing cancels and no ReLU is near 0, so that the bounds stay a few roundings of the values
-    themselves, however many are summed.
+    themselves, however many are summed. Losses may be scaled, as they are in 16 bits.
     """
     yield from _positive_is_within(subject, case)
 
@@ -123,7 +125,7 @@ def positive_networks_are_within_the_bound_at_any_size(subject, case):
     space=INPUTS.narrow(
         mode=Choice("eval"), dtype=Choice("float32", "bfloat16", "float16"), batch=Choice(1),
         length=at_least(1025), channels=Integers(1, 6), num_blocks=Integers(1, 6),
-        kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3),
+        kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3), loss=Choice(*LOSSES),
     ),
     needs=REFERENCE,
     evidence="bounded",
@@ -142,7 +144,7 @@ def _positive_is_within(subject, case):
     make_positive(blocks, case.rng("weights"))
     x = as_input(case, case.rng("input").uniform(0.5, 1.5, case.shape))
     rng = case.rng("gradient")
-    v = rng.uniform(0.5, 1.5, case.shape) / case.length
+    v = rng.uniform(0.5, 1.5, case.shape) * case["loss"] / case.length
     if rng.integers(2):  # one position alone: in sums of many terms errors average out
         v[:, :, np.arange(case.length) != rng.integers(case.length)] = 0
     v = as_input(case, v)
