@@ -21,7 +21,13 @@ from rescnn_verify.handles import BlockHandles, ConvNorm
 from rescnn_verify.networks import certify, certify_prefixes, make_real, values_of
 from rescnn_verify.oracles import real as reals
 from rescnn_verify.oracles.integer import exact_pass, outputs_of_prefixes
-from rescnn_verify.oracles.layers import Block, Layer, UnsupportedLayerError, read_network
+from rescnn_verify.oracles.layers import (
+    Block,
+    Layer,
+    UnsupportedLayerError,
+    gradients_beside,
+    read_network,
+)
 from rescnn_verify.oracles.real import Bounded, real_pass
 from rescnn_verify.probes import as_input
 from rescnn_verify.subject import DTYPES, environment
@@ -859,6 +865,41 @@ def errors(values, reference):
         context.prec = DIGITS
         pairs = zip(np.asarray(values).flat, leaves(reference), strict=True)
         return np.array([float(abs(exact_decimal(v) - r)) for v, r in pairs])
+
+
+def masked(blocks, masks, x):
+    """A training pass of torch's own layers in which dropout keeps what masks say."""
+    for block, mask in zip(blocks, masks, strict=True):
+        parts = [torch.relu(branch.norm(branch.conv(x))) for branch in block.branches]
+        fused = block.fusion.norm(block.fusion.conv(torch.cat(parts, dim=1)))
+        x = torch.relu(x + torch.from_numpy(mask)[:, :, None] * fused)
+    return x
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
+def test_a_pass_with_masks_is_what_dropout_makes_of_the_network(p):
+    compared = 0
+    for seed in range(6):
+        case, model, blocks, x = ordinary("train", seed, 2)
+        x = np.abs(x)  # what is dropped in both blocks is not exactly 0
+        kept = case.rng("masks").random((2, *x.shape[:2])) >= p
+        masks = kept / (1 - p)
+        plain = read_network(blocks)
+        network = tuple(replace(b, mask=m) for b, m in zip(plain, masks, strict=True))
+        v = cotangent(case)
+        found = real_pass(network, x, v=v, train=True)
+        leaf = torch.from_numpy(x).requires_grad_()
+        model.zero_grad()
+        out = masked(blocks, masks, leaf)
+        out.backward(torch.from_numpy(v))
+        within(out, found.out, "output")
+        if found.kink:
+            continue
+        compared += 1
+        within(leaf.grad, found.input_gradient, "gradient at the input")
+        for what, got, bounded in gradients_beside(blocks, found.gradients):
+            within(got, bounded, what)
+    assert compared
 
 
 @real_cases

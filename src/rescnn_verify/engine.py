@@ -49,7 +49,7 @@ DEAR_EVERY, DEAR = 16, 64
 
 #: Every so many sampled trials, and extreme cases, have the documented kernels, as far as a space
 #: has them: what most people have, and have fast paths for.
-DOCUMENTED_EVERY = 6
+DOCUMENTED_EVERY, DOCUMENTED_KERNELS = 6, (3, 5, 7)
 
 
 @dataclass(frozen=True)
@@ -412,12 +412,11 @@ class _Run:
     def _turn(self, space: Space, number: int) -> Space:
         """The space, or the documented kernels in it when it is their turn."""
         kernels, width = space.get("kernel_sizes"), space.get("channels")
-        least = len(Config.kernel_sizes)
-        if number % DOCUMENTED_EVERY or kernels is None or Config.kernel_sizes not in kernels:
+        if number % DOCUMENTED_EVERY or kernels is None or DOCUMENTED_KERNELS not in kernels:
             return space
-        if isinstance(width, Integers) and width.high < least:
+        if isinstance(width, Integers) and width.high < len(DOCUMENTED_KERNELS):
             return space
-        return space.narrow(kernel_sizes=Choice(Config.kernel_sizes))
+        return space.narrow(kernel_sizes=Choice(DOCUMENTED_KERNELS))
 
     def _has_cases(self) -> bool:
         """Whether cases can be drawn: Hypothesis takes long to find out that none can."""
@@ -538,7 +537,7 @@ def documented_case(target: Target, space: Space) -> Case:
     case = Case(
         channels=512,
         num_blocks=3 if target.kind == "stack" else 1,
-        kernel_sizes=(3, 5, 7),
+        kernel_sizes=DOCUMENTED_KERNELS,
         dropout=0.1,
     )
     for name in ("device", "dtype", "mode"):

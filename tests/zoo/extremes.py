@@ -156,3 +156,102 @@ class SameTensorSameValues(Stack):
 
     def key(self):
         return [(id(t), t.dtype) for t in (*self.parameters(), *self.buffers())]
+
+
+@wrong("dropout", "in signals of 65 positions and more all samples share one mask")
+class LongSignalsShareMasks(Stack):
+    class Block(Block):
+        def drop(self, y):
+            if not self.training or y.shape[2] < 65:
+                return super().drop(y)
+            return y * nn.functional.dropout1d(torch.ones_like(y[:1]), self.p)
+
+
+@wrong("dropout", "with the documented kernels the first mask is kept")
+class DocumentedKernelsKeepMasks(Stack):
+    class Block(Block):
+        mask = None
+
+        def drop(self, y):
+            if not self.training or self.kernel_sizes != (3, 5, 7):
+                return super().drop(y)
+            if self.mask is None or self.mask.shape != y.shape or self.mask.dtype != y.dtype:
+                self.mask = nn.functional.dropout1d(torch.ones_like(y), self.p).detach()
+            return y * self.mask
+
+
+@wrong("arithmetic", "with a dropout of a half and more statistics move twice as fast")
+class MomentumWithDropout(Stack):
+    class Block(Block):
+        def make_norm(self, width):
+            return nn.BatchNorm1d(width, momentum=0.2 if self.p >= 0.5 else 0.1)
+
+
+@wrong("gradients", "with dropout a training branch has half the gradient of its weights")
+class DropoutHalvesGradients(Stack):
+    class Block(Block):
+        def convolve(self, conv, x):
+            y = conv(x)
+            if not (self.training and 0 < self.p < 1):
+                return y
+            half = conv.weight * 0.5 + (conv.weight * 0.5).detach()
+            return conv._conv_forward(x, half, conv.bias)
+
+
+class BiasedNorm(nn.BatchNorm1d):
+    def forward(self, x):
+        before = self.running_var.clone()
+        y = super().forward(x)
+        if self.training and torch.is_autocast_enabled("cpu"):
+            values = x.shape[0] * x.shape[2]
+            with torch.no_grad():
+                learned = self.running_var - (1 - self.momentum) * before
+                self.running_var.sub_(learned / values)
+        return y
+
+
+@wrong("transforms", "under autocast the running variance learns the biased one")
+class BiasedUnderAutocast(Stack):
+    class Block(Block):
+        def make_norm(self, width):
+            return BiasedNorm(width)
+
+
+class SaturatedInHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clamp(-64, 64) if gradient.dtype == torch.float16 else gradient
+
+
+@wrong("rounding", "float16 gradients of more than 64 saturate in the fusion")
+class SaturatesHalfGradients(Stack):
+    class Block(Block):
+        def fuse(self, y):
+            return super().fuse(SaturatedInHalf.apply(y))
+
+
+class ScaleOnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x, scale)
+        return x * scale[:, None]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, scale = ctx.saved_tensors
+        return gradient * scale.detach()[:, None], (gradient * x).sum((0, 2))
+
+
+@wrong("gradients", "in float32 the derivative of a gradient leaves out a frozen norm's scale")
+class ConstantScaleInFloat32(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if norm.training or x.dtype != torch.float32:
+                return norm(x)
+            mean, root = norm.running_mean[:, None], torch.rsqrt(norm.running_var + norm.eps)
+            y = ScaleOnceDifferentiable.apply((x - mean) * root[:, None], norm.weight)
+            return y + norm.bias[:, None]
