@@ -15,7 +15,7 @@ from rescnn_verify.handles import put
 from rescnn_verify.learning import learns_as_the_reference
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify_prefixes
-from rescnn_verify.oracles.layers import read_network
+from rescnn_verify.oracles.layers import gradients_beside, read_network
 from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import (
     PARTS,
@@ -34,6 +34,10 @@ REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT)
 EVAL = INPUTS.narrow(
     mode=Choice("eval"), batch=Integers(1, 5), length=Integers(1, 100),
     dtype=Choice("float32", "float64"),
+)  # fmt: skip
+FEW_VALUES = INPUTS.narrow(
+    dtype=Choice("float32"), batch=Choice(1, 2, 3), length=Choice(1, 2, 4), dropout=Choice(0.0),
+    num_blocks=Choice(1), channels=Integers(1, 12), kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 6),
 )  # fmt: skip
 # A tensor that a model keeps from one vmap to another does not fit two groups or more.
 GROUPS = Constraint(
@@ -131,11 +135,7 @@ def autocast_is_the_same_function(subject, case):
 
 
 @statement(
-    space=INPUTS.narrow(
-        mode=Choice("train"), dtype=Choice("float32"), batch=Integers(1, 3), length=Integers(1, 4),
-        dropout=Choice(0.0), num_blocks=Choice(1), channels=Integers(1, 12),
-        kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 6),
-    ),
+    space=FEW_VALUES.narrow(mode=Choice("train")),
     needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4,
 )  # fmt: skip
 def autocast_learns_the_same(subject, case):
@@ -145,14 +145,8 @@ def autocast_learns_the_same(subject, case):
     pass on one channel each, so that nothing cancels and the bound is tight.
     """
     model = subject.model(case)
-    blocks, rng = subject.handles(model, case), case.rng("weights")
-    randomise(model, rng)
-    for conv in (layer.conv for block in blocks for layer in block.layers):
-        weight = np.zeros(tuple(conv.weight.shape))
-        out, given, kernel = weight.shape
-        weight[np.arange(out), rng.integers(given, size=out), kernel // 2] = rng.choice([-1, 1, 2])
-        put(conv, "weight", weight)
-    network, x = read_network(blocks), normal_input(case)
+    blocks = subject.handles(model, case)
+    network, x = _pass_on(model, blocks, case)
 
     def forward():
         with _supported("autocast"), torch.autocast(case.device, torch.bfloat16):
@@ -160,6 +154,59 @@ def autocast_learns_the_same(subject, case):
 
     form = FORMATS["bfloat16"]
     yield from learns_as_the_reference(subject, case, model, network, x, form, forward)
+
+
+@statement(
+    space=FEW_VALUES.narrow(mode=Choice("train", "eval")),
+    needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4,
+)  # fmt: skip
+def gradients_under_autocast_are_within_the_bound(subject, case):
+    """The gradients of a call under autocast are within bfloat16's bound, in either mode."""
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    network, x = _pass_on(model, blocks, case)
+    x.requires_grad_()
+    v = torch.from_numpy(case.rng("gradient").standard_normal(case.shape)).to(x)
+    expected = real_pass(
+        network, x.detach().cpu().double().numpy(), v=v.cpu().double().numpy(),
+        train=case.mode == "train", form=FORMATS["bfloat16"],
+    )  # fmt: skip
+    if expected.kink or not np.isfinite(expected.input_gradient.error).all():
+        return
+    with _supported("autocast"), torch.enable_grad():
+        with torch.autocast(case.device, torch.bfloat16):
+            out = subject.target.call(model, x)
+        out.backward(v.to(out))
+    yield within(x.grad, expected.input_gradient, "gradient at the input under autocast")
+    for what, gradient, bounded in gradients_beside(blocks, expected.gradients):
+        yield within(gradient, bounded, f"{what} under autocast")
+
+
+def _pass_on(model, blocks, case):
+    """Makes convolutions hand on one channel each, and an input whose values alternate in sign.
+
+    So nothing cancels, and no ReLU is near 0: norms make of such values about ±1.
+
+    Returns:
+        The network and the input.
+    """
+    rng = case.rng("weights")
+    randomise(model, rng)
+    for layer in (layer for block in blocks for layer in block.layers):
+        conv = layer.conv
+        set_norm(
+            layer.norm, scale=float(rng.choice([-1, 1, 2])), shift=float(rng.choice([-0.25, 0.25]))
+        )
+        weight = np.zeros(tuple(conv.weight.shape))
+        out, given, kernel = weight.shape
+        weight[np.arange(out), rng.integers(given, size=out), kernel // 2] = rng.choice([-1, 1, 2])
+        put(conv, "weight", weight)
+        put(conv, "bias", np.zeros(()))
+    batch, channels, length = case.shape
+    turns = np.arange(batch * length).reshape(batch, 1, length) + rng.integers(
+        2, size=(channels, 1)
+    )
+    return read_network(blocks), as_input(case, (-1.0) ** turns * rng.uniform(4, 6, case.shape))
 
 
 @statement(space=EVAL, needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4)
