@@ -15,7 +15,7 @@ from rescnn_verify.needs import CONTRACT
 from rescnn_verify.probes import as_input, normal_input
 from rescnn_verify.space import INPUTS, Choice, Space, at_least
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import CONTEXTS, DTYPES, flushes_subnormals, seed_everything
+from rescnn_verify.subject import CONTEXTS, DTYPES, flushes_subnormals, seed_everything, seed_torch
 
 SMALL = INPUTS.narrow(batch=at_least(1))
 
@@ -161,6 +161,26 @@ def no_global_seed_is_reset(subject, case):
                 "two values",
                 f"{first[name]} twice",
             )
+
+
+@statement(space=SMALL.narrow(device=Choice("cpu")), effort=0.5)
+def a_backward_pass_undoes_no_draws(subject, case):
+    """Where others draw between a forward pass and its backward pass, their draws are not undone.
+
+    What computes its dropout again must put the generator back to where the backward pass found it.
+    """
+    next_draws = []
+    for between in (case.seed, case.seed + 1):
+        model = subject.model(case)
+        seed_torch(case.seed)
+        out = subject(model, normal_input(case))
+        seed_everything(between)
+        subject.backward(out, torch.ones_like(out))
+        next_draws.append(_draws())
+    first, second = next_draws
+    for name in first:
+        what = f"{name}'s next draw after a backward pass, from two different states before it"
+        yield holds(first[name] != second[name], what, "two values", f"{first[name]} twice")
 
 
 @statement(
