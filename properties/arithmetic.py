@@ -12,7 +12,13 @@ from rescnn_verify.compare import equal, same_values, within
 from rescnn_verify.drawing import SEAMS
 from rescnn_verify.learning import batches_counted, learned_by, learns_as_the_reference
 from rescnn_verify.needs import BATCH_NORM, CHANNEL_DROPOUT, DIRECT, HANDLES, POST_ACTIVATION
-from rescnn_verify.networks import certify, certify_prefixes, make_real, values_of
+from rescnn_verify.networks import (
+    certify,
+    certify_prefixes,
+    make_alternating,
+    make_real,
+    values_of,
+)
 from rescnn_verify.oracles.integer import exact_pass, outputs_of_prefixes
 from rescnn_verify.oracles.layers import gradients_beside, read_network
 from rescnn_verify.oracles.real import real_pass
@@ -27,7 +33,7 @@ from rescnn_verify.probes import (
 )
 from rescnn_verify.space import INPUTS, LARGE, Choice, Constraint, Integers, Lists, at_least
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import CONTEXTS, kernel_sets, onednn, seed_torch
+from rescnn_verify.subject import CONTEXTS, kernel_sets, onednn, seed_torch, supported_under
 
 REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM)
 EVAL = INPUTS.narrow(mode=Choice("eval"), batch=at_least(1))
@@ -437,8 +443,8 @@ def _frozen(network, blocks, case):
     space=INPUTS.narrow(
         mode=Choice("train"), dtype=Choice("float32", "bfloat16", "float16"),
         channels=Integers(1, 3), num_blocks=Choice(1), kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3),
-        dropout=Choice(0.0), batch=Choice(5, 130), length=Choice(9, 512), context=Choice(*CONTEXTS),
-        magnitude=Choice(1.0, 64.0),
+        dropout=Choice(0.0, 0.5, 0.1), batch=Choice(5, 130), length=Choice(9, 512),
+        context=Choice(*CONTEXTS), magnitude=Choice(1.0, 64.0),
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
@@ -459,6 +465,41 @@ def training_on_many_values_is_within_the_bound(subject, case):
     network = read_network(blocks)
     x = as_input(case, case.rng("input").standard_normal(case.shape) * case["magnitude"])
     yield from _learns(subject, case, model, network, x, finite=True)
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("train"), dtype=Choice("float32", "bfloat16", "float16"), num_blocks=Choice(1),
+        channels=Integers(1, 12), kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 6),
+        dropout=Choice(0.0, 0.5, 0.1, 1.0), batch=Choice(1, 2, 3), length=Choice(1, 2, 4),
+        autocast=Choice(False, True), context=Choice(*CONTEXTS),
+    ),
+    needs=(*REFERENCE, DIRECT),
+    evidence="bounded",
+    work=2**15,
+    effort=1.0,
+)  # fmt: skip
+def training_on_few_values_is_within_the_bound(subject, case):
+    """The same on batches of two to twelve values per channel, in float32 under autocast, too.
+
+    There the biased and the unbiased variance are far apart.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    x = as_input(case, make_alternating(blocks[0], case))
+    cast = case["autocast"] and case.dtype == "float32"
+
+    def forward():
+        with (
+            CONTEXTS[case["context"]](),
+            supported_under(autocast=cast),
+            torch.autocast(case.device, torch.bfloat16, enabled=cast),
+        ):
+            return subject(model, x)
+
+    form = FORMATS["bfloat16" if cast else case.dtype]
+    network = read_network(blocks)
+    yield from learns_as_the_reference(subject, case, model, network, x, form, forward)
 
 
 @statement(

@@ -36,7 +36,7 @@ from rescnn_verify.probes import (
 )
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Lists, at_least
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import NotApplicable, seed_torch
+from rescnn_verify.subject import NotApplicable, seed_torch, supported_under
 
 SMALL = INPUTS.narrow(batch=at_least(1))
 NO_RANDOM_DROPOUT = Constraint(
@@ -394,13 +394,9 @@ def an_input_changed_meanwhile_is_noticed(subject, case):
     def gradients_of(model):
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
-    try:
+    with supported_under(autocast=case["autocast"]):
         model, out = forward()
         subject.backward(out, torch.ones_like(out))
-    except Falsified as error:
-        if case["autocast"]:
-            raise NotApplicable(f"it does not support autocast: {error}") from error
-        raise
     alone = gradients_of(model)
     model, out = forward()
     fill(x[:1, :, :1] if case.layout == "expanded" else x, np.full((), 3.0))
@@ -508,19 +504,7 @@ def second_derivatives_at_large_inputs_are_the_reference_s(subject, case):
 
 
 def _second_derivatives(subject, case):
-    model = subject.model(case)
-    blocks = subject.handles(model, case)
-    values, size = make_balanced(blocks[0], case)
-    x = as_input(case, values).requires_grad_()
-    v = torch.from_numpy(case.rng("gradient").integers(-3, 4, case.shape)).to(x)
-    units = {x: size}
-    for layer in blocks[0].layers:
-        units[layer.conv.weight] = 2 * size if layer is blocks[0].fusion else 1.0
-        units[layer.conv.bias] = size
-        units[layer.norm.weight] = units[layer.norm.bias] = 1.0
-    units.pop(None, None)
-    if not all(leaf.is_leaf for leaf in units):
-        raise NotApplicable("some parameters are parametrized")
+    model, blocks, x, v, units = _balanced(subject, case, case.dtype)
     rng = case.rng("directions")
     directions = [
         torch.from_numpy(rng.integers(-1, 2, tuple(leaf.shape)) * unit).to(leaf)
@@ -539,11 +523,72 @@ def _second_derivatives(subject, case):
         float(np.abs(part).max()) * unit
         for part, unit in zip(expected, units.values(), strict=True)
     )
+    half = _half_of_the_significand(case.dtype)
     for (leaf, unit), part, exact in zip(units.items(), got, expected, strict=True):
-        what = "the input" if leaf is x else f"a parameter of shape {tuple(leaf.shape)}"
-        half = 2.0 ** -(SIGNIFICAND_BITS[case.dtype] // 2)
         error = np.full(exact.shape, half * largest / unit)
-        yield within(part, Bounded(exact, error), f"second derivative at {what}")
+        yield within(part, Bounded(exact, error), f"second derivative at {_named(leaf, x)}")
+
+
+@statement(
+    space=INPUTS.narrow(
+        num_blocks=Choice(1), channels=Integers(1, 16), batch=Choice(1, 2), length=Choice(2, 4),
+        dropout=Choice(0.0), layout=Choice("contiguous", "transposed", "strided"),
+        autocast=Choice(False, True),
+    ),
+    needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
+    evidence="bounded", effort=0.8)  # fmt: skip
+def gradients_of_a_balanced_block_are_the_reference_s(subject, case):
+    """In every dtype and either mode the gradients of a balanced block are those in float64.
+
+    In float32 under autocast to bfloat16, too. There a gradient is a multiple of an eighth of a
+    power of two, which even bfloat16 can hold, and training, what the statistics contribute is no
+    small part of it. It is right up to half of the significand of the largest entry, or of what one
+    value in units of its own contributes.
+    """
+    cast = case["autocast"] and case.dtype == "float32"
+    dtype = "bfloat16" if cast else case.dtype
+    model, blocks, x, v, units = _balanced(subject, case, dtype)
+    with supported_under(autocast=cast):
+        with torch.autocast(case.device, torch.bfloat16, enabled=cast):
+            out = subject(model, x)
+        subject.backward(out, v.to(out))
+    copies = {leaf: leaf.detach().double().requires_grad_() for leaf in units}
+    own = plain_call(blocks, copies, copies[x], train=case.mode == "train")
+    expected = torch.autograd.grad(own, list(copies.values()), v.double())
+    half = _half_of_the_significand(dtype)
+    for (leaf, unit), exact in zip(units.items(), expected, strict=True):
+        if leaf.grad is None:
+            raise Falsified(f"gradient at {_named(leaf, x)}", "a tensor", "None")
+        terms = 1 if leaf is x else case.batch * case.length
+        largest = max(float(exact.abs().max()), terms / unit)
+        bounded = Bounded(exact.cpu().numpy(), np.full(tuple(exact.shape), half * largest))
+        yield within(leaf.grad, bounded, f"gradient at {_named(leaf, x)}")
+
+
+def _balanced(subject, case, dtype):
+    """A balanced block, its input, a vector, and in which units it and each parameter are."""
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    values, size = make_balanced(blocks[0], case, dtype)
+    x = as_input(case, values).requires_grad_()
+    v = torch.from_numpy(case.rng("gradient").integers(-3, 4, case.shape)).to(x)
+    units = {x: size}
+    for layer in blocks[0].layers:
+        units[layer.conv.weight] = 2 * size if layer is blocks[0].fusion else 1.0
+        units[layer.conv.bias] = size
+        units[layer.norm.weight] = units[layer.norm.bias] = 1.0
+    units.pop(None, None)
+    if not all(leaf.is_leaf for leaf in units):
+        raise NotApplicable("some parameters are parametrized")
+    return model, blocks, x, v, units
+
+
+def _half_of_the_significand(dtype):
+    return 2.0 ** -(SIGNIFICAND_BITS[dtype] // 2)
+
+
+def _named(leaf, x):
+    return "the input" if leaf is x else f"a parameter of shape {tuple(leaf.shape)}"
 
 
 def _with_reference(subject, case, blocks):

@@ -12,10 +12,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from rescnn_verify.bounds.roundoff import FORMATS
 from rescnn_verify.compare import describe, equal, same_tensors, same_values, within
 from rescnn_verify.handles import put
-from rescnn_verify.learning import learns_as_the_reference
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
 from rescnn_verify.networks import certify_prefixes
-from rescnn_verify.oracles.layers import gradients_beside, read_network
+from rescnn_verify.oracles.layers import read_network
 from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import (
     PARTS,
@@ -26,7 +25,7 @@ from rescnn_verify.probes import (
     set_norm,
     state_of,
 )
-from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Lists
+from rescnn_verify.space import INPUTS, Choice, Constraint, Integers
 from rescnn_verify.statement import statement
 from rescnn_verify.subject import NotApplicable, NothingCompiledError, compiled, seed_torch
 
@@ -34,10 +33,6 @@ REFERENCE = (HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT)
 EVAL = INPUTS.narrow(
     mode=Choice("eval"), batch=Integers(1, 5), length=Integers(1, 100),
     dtype=Choice("float32", "float64"),
-)  # fmt: skip
-FEW_VALUES = INPUTS.narrow(
-    dtype=Choice("float32"), batch=Choice(1, 2, 3), length=Choice(1, 2, 4), dropout=Choice(0.0),
-    num_blocks=Choice(1), channels=Integers(1, 12), kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 6),
 )  # fmt: skip
 # A tensor that a model keeps from one vmap to another does not fit two groups or more.
 GROUPS = Constraint(
@@ -134,81 +129,6 @@ def autocast_is_the_same_function(subject, case):
     yield from _same_function(subject, case, cast, "autocast", FORMATS["bfloat16"])
 
 
-@statement(
-    space=FEW_VALUES.narrow(mode=Choice("train")),
-    needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4,
-)  # fmt: skip
-def autocast_learns_the_same(subject, case):
-    """A training call under autocast is within bfloat16's bound, and so is what the norms learn.
-
-    Of few values, where the biased and the unbiased variance are far apart, by convolutions that
-    pass on one channel each, so that nothing cancels and the bound is tight.
-    """
-    model = subject.model(case)
-    blocks = subject.handles(model, case)
-    network, x = _pass_on(model, blocks, case)
-
-    def forward():
-        with _supported("autocast"), torch.autocast(case.device, torch.bfloat16):
-            return subject.target.call(model, x)
-
-    form = FORMATS["bfloat16"]
-    yield from learns_as_the_reference(subject, case, model, network, x, form, forward)
-
-
-@statement(
-    space=FEW_VALUES.narrow(mode=Choice("train", "eval")),
-    needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4,
-)  # fmt: skip
-def gradients_under_autocast_are_within_the_bound(subject, case):
-    """The gradients of a call under autocast are within bfloat16's bound, in either mode."""
-    model = subject.model(case)
-    blocks = subject.handles(model, case)
-    network, x = _pass_on(model, blocks, case)
-    x.requires_grad_()
-    v = torch.from_numpy(case.rng("gradient").standard_normal(case.shape)).to(x)
-    expected = real_pass(
-        network, x.detach().cpu().double().numpy(), v=v.cpu().double().numpy(),
-        train=case.mode == "train", form=FORMATS["bfloat16"],
-    )  # fmt: skip
-    if expected.kink or not np.isfinite(expected.input_gradient.error).all():
-        return
-    with _supported("autocast"), torch.enable_grad():
-        with torch.autocast(case.device, torch.bfloat16):
-            out = subject.target.call(model, x)
-        out.backward(v.to(out))
-    yield within(x.grad, expected.input_gradient, "gradient at the input under autocast")
-    for what, gradient, bounded in gradients_beside(blocks, expected.gradients):
-        yield within(gradient, bounded, f"{what} under autocast")
-
-
-def _pass_on(model, blocks, case):
-    """Makes convolutions hand on one channel each, and an input whose values alternate in sign.
-
-    So nothing cancels, and no ReLU is near 0: norms make of such values about ±1.
-
-    Returns:
-        The network and the input.
-    """
-    rng = case.rng("weights")
-    randomise(model, rng)
-    for layer in (layer for block in blocks for layer in block.layers):
-        conv = layer.conv
-        set_norm(
-            layer.norm, scale=float(rng.choice([-1, 1, 2])), shift=float(rng.choice([-0.25, 0.25]))
-        )
-        weight = np.zeros(tuple(conv.weight.shape))
-        out, given, kernel = weight.shape
-        weight[np.arange(out), rng.integers(given, size=out), kernel // 2] = rng.choice([-1, 1, 2])
-        put(conv, "weight", weight)
-        put(conv, "bias", np.zeros(()))
-    batch, channels, length = case.shape
-    turns = np.arange(batch * length).reshape(batch, 1, length) + rng.integers(
-        2, size=(channels, 1)
-    )
-    return read_network(blocks), as_input(case, (-1.0) ** turns * rng.uniform(4, 6, case.shape))
-
-
 @statement(space=EVAL, needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4)
 def folded_norms_are_the_same_function(subject, case):
     """With its norms folded into the convolutions a model is within the same error bound.
@@ -249,6 +169,53 @@ def forward_derivatives_are_those_of_the_backward_pass(subject, case):
     got = tangent.detach().cpu().double().numpy() * found.v
     expected = found.expected.input_gradient * u.cpu().double().numpy()
     yield equal(math.fsum(got.flat), math.fsum(expected.flat), "⟨v, J·u⟩, against ⟨Jᵀv, u⟩")
+
+
+@statement(
+    space=INPUTS.narrow(
+        mode=Choice("eval"), batch=Integers(1, 5), length=Integers(1, 100),
+        dtype=Choice("float32", "float64"),
+    ),
+    needs=REFERENCE, work=2**15, effort=0.4,
+)  # fmt: skip
+def forward_derivatives_along_parameters_are_their_gradients(subject, case):
+    """`torch.func.jvp` along a parameter θ gives J·θ with ⟨v, J·θ⟩ = ⟨gradient of θ, θ⟩, exactly.
+
+    Along itself, as then a tangent is sums of what the certified integer network sums up.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    found = certify_prefixes(blocks, case, bits="weight_bits", kinkless=True)
+    if found is None:
+        return
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    options = [
+        (names[parameter], parameter, gradient)
+        for block, gradients in zip(blocks, found.expected.gradients, strict=True)
+        for layer, own in zip(block.layers, gradients, strict=True)
+        for parameter, gradient in (
+            (layer.conv.weight, own.weight), (layer.conv.bias, own.bias),
+            (layer.norm.weight, own.scale), (layer.norm.bias, own.shift),
+        )
+        if parameter in names
+    ]  # fmt: skip
+    if not options:
+        raise NotApplicable("its parameters are computed from others")
+    whole, x = _Called(subject.target.call, model), as_input(case, found.x)
+    for place in case.rng("parameters").permutation(len(options))[:4]:
+        name, parameter, gradient = options[place]
+        value = parameter.detach().clone()
+        with _supported("forward-mode derivatives"), torch.enable_grad():
+            _, tangent = torch.func.jvp(
+                lambda given, name=name: torch.func.functional_call(
+                    whole, {f"model.{name}": given}, (x,)
+                ),
+                (value,), (value,),
+            )  # fmt: skip
+        got = tangent.detach().cpu().double().numpy() * found.v
+        expected = gradient * value.cpu().double().numpy()
+        what = f"⟨v, J·θ⟩ for θ = {name}, against ⟨its gradient, θ⟩"
+        yield equal(math.fsum(got.flat), math.fsum(expected.flat), what)
 
 
 @statement(space=EVAL, needs=REFERENCE, evidence="bounded", work=2**15, effort=0.02, slow=True)

@@ -21,7 +21,15 @@ from rescnn_verify.oracles.layers import (
 )
 from rescnn_verify.probes import BIG_VARIANCE, as_input, set_norm
 
-__all__ = ["Certified", "certify", "certify_prefixes", "make_balanced", "make_real", "values_of"]
+__all__ = [
+    "Certified",
+    "certify",
+    "certify_prefixes",
+    "make_alternating",
+    "make_balanced",
+    "make_real",
+    "values_of",
+]
 
 
 @dataclass(frozen=True)
@@ -261,7 +269,33 @@ def make_real(blocks: Sequence[BlockHandles], case: Case, magnitude: float) -> t
     return read_network(blocks)
 
 
-def make_balanced(block: BlockHandles, case: Case) -> tuple[np.ndarray, float]:
+def make_alternating(block: BlockHandles, case: Case) -> np.ndarray:
+    """Writes a block that hands on single channels, and makes an input that alternates in sign.
+
+    So nothing cancels, norms make about ±1 of the values, and bounds for few bits say something.
+
+    Returns:
+        The input, of shape (batch, channels, length).
+    """
+    rng = case.rng("alternating network")
+    for layer in block.layers:
+        out, given, kernel = layer.conv.weight.shape
+        taps = np.zeros((out, given, kernel))
+        picked, weight = rng.integers(given, size=out), rng.choice([-1.0, 1.0, 2.0], out)
+        taps[np.arange(out), picked, kernel // 2] = weight
+        put(layer.conv, "weight", taps)
+        put(layer.conv, "bias", np.zeros(()))
+        scale, shift = rng.choice([-1.0, 1.0, 2.0], out), rng.choice([-0.25, 0.25], out)
+        set_norm(layer.norm, scale=scale, shift=shift, mean=_small(rng, out))
+    batch, channels, length = case.shape
+    turns = np.arange(batch * length).reshape(batch, 1, length) + rng.integers(
+        2, size=(channels, 1)
+    )
+    values: np.ndarray = (-1.0) ** turns * rng.uniform(4, 6, case.shape)
+    return values
+
+
+def make_balanced(block: BlockHandles, case: Case, dtype: str) -> tuple[np.ndarray, float]:
     """Writes a block, and makes an input, whose norms see half of their values at −s, half at s.
 
     So a batch's variance is s² to the bit, s a power of two so large that eps is rounded off, and
@@ -271,6 +305,7 @@ def make_balanced(block: BlockHandles, case: Case) -> tuple[np.ndarray, float]:
     Args:
         block: where it is written.
         case: of an even number of values for each channel.
+        dtype: what the block computes in.
 
     Returns:
         The input, of shape (batch, channels, length), and s, to which inputs, biases and weights of
@@ -279,7 +314,7 @@ def make_balanced(block: BlockHandles, case: Case) -> tuple[np.ndarray, float]:
     rng = case.rng("balanced network")
     # Half a unit in the last place of s² exceeds eps.
     eps = max(layer.norm.eps for layer in block.layers)
-    size = 2.0 ** math.ceil(math.log2(eps / UNIT["float64"]) / 2 + 1)
+    size = 2.0 ** math.ceil(math.log2(eps / UNIT[dtype]) / 2 + 1)
     signs = np.repeat([-1.0, 1.0], case.batch * case.length // 2)
     x = np.stack([rng.permutation(signs) for _ in range(case.channels)])
     x = x.reshape(case.channels, case.batch, case.length).swapaxes(0, 1) * size

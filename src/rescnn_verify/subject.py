@@ -34,6 +34,7 @@ __all__ = [
     "onednn",
     "seed_everything",
     "seed_torch",
+    "supported_under",
     "tf32",
 ]
 
@@ -248,6 +249,21 @@ class Subject:
                 "finding the blocks' convolutions and norms", lambda: find(model, case.config)
             )
         return self._handles[model]
+
+
+@contextmanager
+def supported_under(autocast: bool) -> Iterator[None]:
+    """What fails under autocast does not support it.
+
+    Raises:
+        NotApplicable: instead of Falsified, if autocast is on.
+    """
+    try:
+        yield
+    except Falsified as error:
+        if not autocast:
+            raise
+        raise NotApplicable(f"the target does not support autocast: {error}") from error
 
 
 @contextmanager

@@ -35,7 +35,10 @@ def plain_call(
         weight = values[conv.weight]
         z = functional.conv1d(part, weight, bias, padding=weight.shape[2] // 2)
         scale, shift = values[norm.weight], values[norm.bias]
-        mean, variance = (None, None) if train else (norm.running_mean, norm.running_var)
+        mean, variance = None, None
+        if not train:
+            assert norm.running_mean is not None and norm.running_var is not None
+            mean, variance = norm.running_mean.to(z), norm.running_var.to(z)
         return functional.batch_norm(z, mean, variance, scale, shift, train, eps=norm.eps)
 
     for block in blocks:
