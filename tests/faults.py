@@ -8,6 +8,7 @@ right one is accused. By default a wrong one is checked until its first falsifie
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rescnn_verify.campaign import select
+from rescnn_verify.case import Case
 from rescnn_verify.drawing import RandomDraw, draw_trial
 from rescnn_verify.engine import PROFILES, check_property
 from rescnn_verify.fuzz import Campaign, FuzzPlan
@@ -28,6 +30,7 @@ from rescnn_verify.target import contract_target
 from rescnn_verify.workers import Here, usable_cores, workers
 from tests.zoo import RIGHT, WRONG
 
+PROPERTIES = all_properties()
 #: Faults that fewer cases of the whole space can show are only reported, not demanded.
 DENSITY_LIMIT = 0.01
 
@@ -36,26 +39,33 @@ def run(name: str, seed: int, profile: str, full: bool) -> tuple[str, int, list[
     """The outcomes of one implementation.
 
     A wrong one is done with at its first falsified property, unless ``full``. Its likeliest
-    families go first, and before them all the quick profile: its samples are the first ones of
+    families go first, with the quick profile before the other: its samples are the first ones of
     every other profile, so what it finds they find.
     """
     entries = {entry.cls.__name__: entry for entry in (*WRONG, *RIGHT)}
     entry = entries[name]
     target = contract_target(entry.cls, name)
-    likely = [getattr(entry, "family", ""), "arithmetic"]
-    properties = sorted(all_properties(), key=lambda p: [*likely, p.family].index(p.family))
-    stop = entry in WRONG and not full
-    outcomes: list[Outcome] = []
-    for level in ("quick", profile) if stop and profile != "quick" else (profile,):
-        search = replace(PROFILES[level], shrinking=0.0)
-        if entry in RIGHT and level == "quick":  # a smoke test, as there are many of them
+    search = replace(PROFILES[profile], shrinking=0.0)
+    if entry in RIGHT or full:
+        if entry in RIGHT and profile == "quick":  # a smoke test, as there are many of them
             search = replace(search, sampled=search.sampled // 2, drawn=1)
-        outcomes = []
-        for prop in properties:
-            outcomes.append(check_property(prop, target, profile=search, seed=seed))
-            if stop and outcomes[-1].verdict == FALSIFIED:
-                return name, seed, outcomes
-    return name, seed, outcomes
+        return (
+            name,
+            seed,
+            [check_property(p, target, profile=search, seed=seed) for p in PROPERTIES],
+        )
+    likely = [p for p in PROPERTIES if p.family == entry.family]
+    likely += [p for p in PROPERTIES if p.family == "arithmetic" != entry.family]
+    others = [p for p in PROPERTIES if p not in likely]
+    outcomes: dict[str, Outcome] = {}
+    for some in (likely, others):
+        for level in dict.fromkeys(("quick", profile)):
+            search = replace(PROFILES[level], shrinking=0.0)
+            for prop in some:
+                outcomes[prop.name] = check_property(prop, target, profile=search, seed=seed)
+                if outcomes[prop.name].verdict == FALSIFIED:
+                    return name, seed, [*outcomes.values()]
+    return name, seed, [*outcomes.values()]
 
 
 def fuzzed(name: str, seed: int, seconds: float) -> tuple[str, int, list[Outcome]]:
@@ -69,12 +79,17 @@ def fuzzed(name: str, seed: int, seconds: float) -> tuple[str, int, list[Outcome
     return name, seed, campaign.outcomes
 
 
-def density(trigger, samples: int = 4000) -> float:
+def density(trigger) -> float:
     """The share of the sampled space's cases that can show a fault."""
+    cases = _sample()
+    return sum(bool(trigger(case)) for case in cases) / len(cases)
+
+
+@functools.cache
+def _sample() -> list[Case]:
     draw = RandomDraw(0)
     space = ARCHITECTURES * INPUTS * USUAL
-    cases = [draw_trial(draw, space, max_size=1)[0] for _ in range(samples)]
-    return sum(bool(trigger(case)) for case in cases) / samples
+    return [draw_trial(draw, space, max_size=1)[0] for _ in range(4000)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,7 +209,7 @@ def _report_sole_witnesses(results, wrong) -> None:
         if len(killers) == 1:
             sole[killers.pop()].append(name)
     print(f"\n{'property':62}{'sees':>5}  alone")
-    for prop in all_properties():
+    for prop in PROPERTIES:
         print(f"{prop.name:62}{seen[prop.name]:>5}  {', '.join(sole[prop.name])}")
 
 
