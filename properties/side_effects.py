@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 import numpy as np
 import torch
 
-from rescnn_verify.compare import attempt, equal, holds, same_bits
+from rescnn_verify.compare import attempt, equal, holds, same_bits, same_tensors
 from rescnn_verify.histories import interrupting
 from rescnn_verify.needs import CONTRACT
 from rescnn_verify.probes import as_input, normal_input
@@ -33,6 +33,24 @@ def input_is_unchanged(subject, case):
     if case["context"] == "grad" and out.requires_grad:
         subject.backward(out, torch.ones_like(out))
         yield same_bits(x, before, "input after backward")
+
+
+@statement(space=SMALL.narrow(context=Choice(*CONTEXTS)), effort=0.4, inputs=16)
+def gradients_are_left_alone(subject, case):
+    """A call leaves the gradients of parameters as they are, under grad, no_grad and inference mode.
+
+    As when a model is evaluated between a backward pass and the step of the optimiser.
+    """
+    model = subject.model(case)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: parameter.grad for name, parameter in model.named_parameters()}
+    with CONTEXTS[case["context"]]():
+        subject(model, normal_input(case))
+    after = {name: parameter.grad for name, parameter in model.named_parameters()}
+    yield equal([n for n in after if after[n] is not before[n]], [], "gradients that were replaced")
+    ones = {name: torch.ones_like(gradient) for name, gradient in before.items()}
+    yield same_tensors(before, ones, "gradients after a call")
 
 
 @statement(

@@ -255,3 +255,11 @@ class ConstantScaleInFloat32(Stack):
             mean, root = norm.running_mean[:, None], torch.rsqrt(norm.running_var + norm.eps)
             y = ScaleOnceDifferentiable.apply((x - mean) * root[:, None], norm.weight)
             return y + norm.bias[:, None]
+
+
+@wrong("side_effects", "without gradients a call clears those that there are")
+class ClearsGradientsInInference(Stack):
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            self.zero_grad()
+        return super().forward(x)
