@@ -37,7 +37,7 @@ def input_is_unchanged(subject, case):
 
 @statement(space=SMALL.narrow(context=Choice(*CONTEXTS)), effort=0.4, inputs=16)
 def gradients_are_left_alone(subject, case):
-    """A call leaves the gradients of parameters as they are, under grad, no_grad and inference mode.
+    """A call leaves the gradients of parameters alone, under grad, no_grad and inference mode.
 
     As when a model is evaluated between a backward pass and the step of the optimiser.
     """
