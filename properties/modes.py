@@ -29,7 +29,7 @@ from rescnn_verify.probes import (
 )
 from rescnn_verify.space import INPUTS, LARGE, Choice, Constraint, Integers, Lists, Space, at_least
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import CONTEXTS, DTYPES, NotApplicable, seed_torch
+from rescnn_verify.subject import CONTEXTS, DTYPES, NotApplicable, seed_torch, supported_under
 
 FORWARD = INPUTS.narrow(batch=at_least(1))
 EVAL = FORWARD.narrow(mode=Choice("eval"))
@@ -39,21 +39,31 @@ A_CHANNEL_PER_OTHER_BRANCH = Constraint(
 )
 
 
-@statement(space=EVAL, effort=0.7)
+@statement(
+    space=EVAL.narrow(context=Choice(*CONTEXTS), autocast=Choice(False, True)), effort=0.7, inputs=8
+)
 def eval_is_deterministic(subject, case):
     """In eval mode two calls give the same bits, draw no random number and change no buffer."""
     model = subject.model(case)
     randomise(model, case.rng("weights"))
     x = normal_input(case)
     buffers = state_of(model)
+
+    def call():
+        with (
+            supported_under(autocast=case["autocast"]),
+            torch.autocast(case.device, torch.bfloat16, enabled=case["autocast"]),
+            CONTEXTS[case["context"]](),
+        ):
+            return subject(model, x)
+
     seed_torch(case.seed)
     states = _generators(case)
-    first = subject(model, x)
+    first = call()
     for after, before in zip(_generators(case), states, strict=True):
         yield same_bits(after, before, "torch's generator after a call in eval mode")
     seed_torch(case.seed + 1)
-    second = subject(model, x)
-    yield same_bits(second, first, "second output in eval mode")
+    yield same_bits(call(), first, "second output in eval mode")
     yield _same_state(model, buffers, "after two calls in eval mode")
 
 

@@ -15,7 +15,14 @@ from rescnn_verify.needs import CONTRACT
 from rescnn_verify.probes import as_input, normal_input
 from rescnn_verify.space import INPUTS, Choice, Space, at_least
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import CONTEXTS, DTYPES, flushes_subnormals, seed_everything, seed_torch
+from rescnn_verify.subject import (
+    CONTEXTS,
+    DTYPES,
+    flushes_subnormals,
+    seed_everything,
+    seed_torch,
+    supported_under,
+)
 
 SMALL = INPUTS.narrow(batch=at_least(1))
 
@@ -205,7 +212,7 @@ def a_backward_pass_undoes_no_draws(subject, case):
     space=SMALL.narrow(
         layout=Choice("contiguous"), device=Choice("cpu"), context=Choice(*CONTEXTS),
         ending=Choice("returns", "is refused", "is interrupted"),
-        frozen=Choice("nothing", "the first half", "everything"),
+        frozen=Choice("nothing", "the first half", "everything"), autocast=Choice(False, True),
     ),
     effort=0.5, inputs=16,
 )  # fmt: skip
@@ -233,11 +240,15 @@ def global_settings_stay(subject, case):
             subject.target.call(model, x if given is None else given)
         yield _unchanged(before, f"after a call that {case['ending']}")
         return
-    with context():
-        out = subject(model, x)
-    yield _unchanged(before, "after a call")
+    cast = case["autocast"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        within = _settings()
+        with supported_under(autocast=cast), context():
+            out = subject(model, x)
+        yield _unchanged(within, "after a call")
     if out.requires_grad:
-        subject.backward(out, torch.ones_like(out))
+        with supported_under(autocast=cast):
+            subject.backward(out, torch.ones_like(out))
         yield _unchanged(before, "after backward")
 
 
