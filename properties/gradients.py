@@ -36,7 +36,12 @@ from rescnn_verify.probes import (
 )
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Lists, at_least
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import NotApplicable, seed_torch, supported_under
+from rescnn_verify.subject import (
+    AUTOCAST_IN_FLOAT32,
+    NotApplicable,
+    seed_torch,
+    supported_under,
+)
 
 SMALL = INPUTS.narrow(batch=at_least(1))
 NO_RANDOM_DROPOUT = Constraint(
@@ -535,7 +540,8 @@ def _second_derivatives(subject, case):
 
 @statement(
     space=INPUTS.narrow(
-        num_blocks=Choice(1), channels=Integers(1, 16), batch=Choice(1, 2), length=Choice(2, 4),
+        AUTOCAST_IN_FLOAT32, num_blocks=Choice(1), channels=Integers(1, 16), batch=Choice(1, 2),
+        length=Choice(2, 4),
         dropout=Choice(0.0), layout=Choice("contiguous", "transposed", "strided"),
         autocast=Choice(False, True),
     ),
@@ -547,9 +553,10 @@ def gradients_of_a_balanced_block_are_the_reference_s(subject, case):
     In float32 under autocast to bfloat16, too. There a gradient is a multiple of an eighth of a
     power of two, which even bfloat16 can hold, and training, what the statistics contribute is no
     small part of it. It is right up to half of the significand of the largest entry, or of what one
-    value in units of its own contributes.
+    value in units of its own contributes: 16 roundings in bfloat16, where about ten lie between a
+    gradient and v, of values none of which is larger than a few times that.
     """
-    cast = case["autocast"] and case.dtype == "float32"
+    cast = case["autocast"]
     dtype = "bfloat16" if cast else case.dtype
     model, blocks, x, v, units = _balanced(subject, case, dtype)
     with supported_under(autocast=cast):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -194,9 +195,12 @@ def _told_apart(model: nn.Module, config: Config) -> tuple[BlockHandles, ...] | 
     try:
         twin = copy.deepcopy(model).double().eval()
         own: dict[nn.Module, Any] = dict(zip(twin.modules(), model.modules(), strict=True))
-        blocks = _by_behaviour(twin, config)
     except Exception:
         return None
+    blocks = None
+    for bits in (ROOM, 1):  # what sums up many channels in float32 tells less in one run
+        with suppress(Exception):
+            blocks = blocks or _by_behaviour(twin, config, bits)
     if blocks is None:
         return None
     named = isinstance(getattr(model, "blocks", None), nn.Module)
@@ -214,8 +218,14 @@ def _told_apart(model: nn.Module, config: Config) -> tuple[BlockHandles, ...] | 
     return tuple(found)
 
 
-def _by_behaviour(twin: nn.Module, config: Config) -> list[list[ConvNorm]] | None:
-    """For each block its branches and its fusion, as `_told_apart` finds them."""
+def _by_behaviour(twin: nn.Module, config: Config, bits: int) -> list[list[ConvNorm]] | None:
+    """For each block its branches and its fusion, as `_told_apart` finds them.
+
+    Args:
+        twin: the copy.
+        config: of the model.
+        bits: how much one run may tell.
+    """
     convs, norms = _convolutions(twin), _norms(twin)
     x = torch.ones(1, config.channels, 1, dtype=torch.float64)
 
@@ -241,7 +251,7 @@ def _by_behaviour(twin: nn.Module, config: Config) -> list[list[ConvNorm]] | Non
         put(norm, "running_mean", np.zeros(()))
         put(norm, "running_var", np.full((), 1 - norm.eps))  # they scale by exactly 1, or nearly
     weigh({})
-    counted = _numbers(norms, 1, lambda shifts: run({}, shifts))
+    counted = _numbers(norms, 1, lambda shifts: run({}, shifts), bits)
     fusion_norms = [norm for norm, count in zip(norms, counted, strict=True) if count == 1]
     branch_norms = [norm for norm in norms if norm not in fusion_norms]
     if len(fusion_norms) != config.num_blocks:
@@ -249,14 +259,16 @@ def _by_behaviour(twin: nn.Module, config: Config) -> list[list[ConvNorm]] | Non
     # Of one position one tap of each kernel is seen, so weights of c/inputs make a sum of c.
     weigh({conv: i / conv.weight.shape[1] for i, conv in enumerate(convs, 1)})
     active = dict.fromkeys(branch_norms, 1.0)
-    places = _numbers(fusion_norms, len(convs), lambda scales: run(scales, active))
+    places = _numbers(fusion_norms, len(convs), lambda scales: run(scales, active), bits)
     fusions = [_numbered(convs, place) for place in places]
     if len(set(fusions)) != len(fusions):
         return None
     weigh(dict.fromkeys(fusions, 1.0))
     numbered = {norm: float(i) for i, norm in enumerate(fusion_norms, 1)}
     members: list[list[_BatchNorm]] = [[] for _ in fusion_norms]
-    places = _numbers(branch_norms, len(fusions), lambda shifts: run(numbered, shared(shifts)))
+    places = _numbers(
+        branch_norms, len(fusions), lambda shifts: run(numbered, shared(shifts)), bits
+    )
     for norm, place in zip(branch_norms, places, strict=True):
         _numbered(members, place).append(norm)
     own = {c: i / c.weight.shape[1] for i, c in enumerate(convs, 1) if c not in fusions}
@@ -264,7 +276,9 @@ def _by_behaviour(twin: nn.Module, config: Config) -> list[list[ConvNorm]] | Non
     passing = dict.fromkeys(fusion_norms, 1.0)
     blocks = []
     for fusion, fusion_norm, inside in zip(fusions, fusion_norms, members, strict=True):
-        places = _numbers(inside, len(convs), lambda scales: run(passing | shared(scales), {}))
+        places = _numbers(
+            inside, len(convs), lambda scales: run(passing | shared(scales), {}), bits
+        )
         branches = [
             ConvNorm(_numbered(convs, place), norm)
             for norm, place in zip(inside, places, strict=True)
@@ -276,7 +290,10 @@ def _by_behaviour(twin: nn.Module, config: Config) -> list[list[ConvNorm]] | Non
 
 
 def _numbers(
-    norms: Sequence[_BatchNorm], most: int, run: Callable[[dict[_BatchNorm, float]], float]
+    norms: Sequence[_BatchNorm],
+    most: int,
+    run: Callable[[dict[_BatchNorm, float]], float],
+    bits: int,
 ) -> list[int]:
     """The integer, up to ``most``, that a model multiplies each norm's value with.
 
@@ -286,9 +303,10 @@ def _numbers(
         norms: which.
         most: the largest integer.
         run: the sum of all values so multiplied.
+        bits: how much one run may tell.
     """
     base = most + 1
-    room = max(1, int(ROOM / math.log2(base)))
+    room = max(1, int(bits / math.log2(base)))
     numbers = []
     for at in range(0, len(norms), room):
         some = norms[at : at + room]

@@ -15,7 +15,7 @@ from rescnn_verify.compare import Comparison, equal, same_bits, same_tensors, wi
 from rescnn_verify.handles import BlockHandles
 from rescnn_verify.oracles.layers import Block
 from rescnn_verify.oracles.real import RealPass, real_pass, running_statistics
-from rescnn_verify.subject import Subject
+from rescnn_verify.subject import Subject, supported_under
 
 __all__ = ["batches_counted", "learned_by", "learns_as_the_reference"]
 
@@ -30,6 +30,7 @@ def learns_as_the_reference(
     forward: Callable[[], Tensor],
     *,
     finite: bool = False,
+    autocast: bool = False,
 ) -> Iterator[Comparison]:
     """A training call's output, and what each norm has learned, are within their bounds.
 
@@ -44,13 +45,14 @@ def learns_as_the_reference(
         form: the format that the model computes in.
         forward: makes the call.
         finite: whether the output has to be finite where it has no bound.
+        autocast: whether ``forward`` calls under autocast, which need not be supported.
     """
     blocks = subject.handles(model, case)
     before = batches_counted(blocks)
     out = forward()
     expected = real_pass(network, x.cpu().double().numpy(), train=True, form=form)
     judged = case.dropout == 0 and expected.in_range and np.isfinite(expected.out.error).all()
-    if finite and case.dropout == 0:
+    if finite:
         bad = int((~torch.isfinite(out)).sum())
         yield equal(bad, 0, "elements of the output that are NaN or infinite")
     if judged:
@@ -58,7 +60,8 @@ def learns_as_the_reference(
     yield from learned_by(blocks, before, network, expected, form)
     if out.requires_grad:
         learned = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        subject.backward(out, torch.ones_like(out))
+        with supported_under(autocast=autocast):
+            subject.backward(out, torch.ones_like(out))
         yield same_tensors(dict(model.named_buffers()), learned, "buffers after a backward pass")
 
 

@@ -332,7 +332,7 @@ def make_balanced(block: BlockHandles, case: Case, dtype: str) -> tuple[np.ndarr
         taps = np.zeros((out, given, kernel))
         taps[np.arange(out), picked, kernel // 2] = weight
         put(layer.conv, "weight", taps)
-        bias = _small(rng, out)
+        bias = size * _small(rng, out)
         if layer.conv.bias is not None:
             put(layer.conv, "bias", bias)
             mean = mean + bias

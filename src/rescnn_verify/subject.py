@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from rescnn_verify.case import Case, Config
 from rescnn_verify.compare import Falsified, NotApplicable, attempt, equal
 from rescnn_verify.handles import BlockHandles
+from rescnn_verify.space import Constraint
 from rescnn_verify.target import Target, TargetError
 
 __all__ = [
+    "AUTOCAST_IN_FLOAT32",
     "CONTEXTS",
     "DTYPES",
     "NotApplicable",
@@ -51,6 +53,11 @@ CONTEXTS = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
 }
+
+
+AUTOCAST_IN_FLOAT32 = Constraint(
+    "autocast in float32 only", lambda c: c.dtype == "float32" or not c["autocast"]
+)
 
 
 class NothingCompiledError(RuntimeError):

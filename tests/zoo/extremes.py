@@ -204,9 +204,8 @@ class BiasedNorm(nn.BatchNorm1d):
         y = super().forward(x)
         if self.training and torch.is_autocast_enabled("cpu"):
             values = x.shape[0] * x.shape[2]
-            with torch.no_grad():
-                learned = self.running_var - (1 - self.momentum) * before
-                self.running_var.sub_(learned / values)
+            learned = self.running_var - (1 - self.momentum) * before
+            self.running_var.data.sub_(learned / values)
         return y
 
 
@@ -263,3 +262,21 @@ class ClearsGradientsInInference(Stack):
         if not torch.is_grad_enabled():
             self.zero_grad()
         return super().forward(x)
+
+
+class Rewinds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        ctx.state = torch.get_rng_state()
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        torch.set_rng_state(ctx.state)
+        return gradient
+
+
+@wrong("side_effects", "a backward pass puts the generator back to where the forward pass left it")
+class RewindsTheGenerator(Stack):
+    def forward(self, x):
+        return Rewinds.apply(super().forward(x))

@@ -180,7 +180,7 @@ def real_pass(
         dropped = _dropped(fused.out, block.mask, form)
         total = _sum(out, dropped, fused.terms, len(inside), form)
         kink |= any(_undecided(step.out) for step in inside) or _undecided(total)
-        reach.note(*(step.reach for step in (*inside, fused)), total.most)
+        reach.note(*(step.reach for step in (*inside, fused)), dropped.most, total.most)
         tape.append((inside, fused, total))
         out = _relu(total)
     statistics = tuple(
