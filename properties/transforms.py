@@ -46,7 +46,7 @@ GROUPS = Constraint(
         GROUPS, mode=Choice("eval"), batch=Integers(2, 6), length=Integers(1, 100),
         dtype=Choice("float32", "float64"), axis=Integers(0, 3), rows=Choice(1, 2, 3),
     ),
-    needs=REFERENCE, evidence="bounded", work=2**15, effort=0.4,
+    needs=REFERENCE, evidence="bounded", work=2**15, effort=1.0,
 )  # fmt: skip
 def vmap_over_inputs_is_the_same_function(subject, case):
     """`torch.vmap` over groups of rows in eval mode is within the error bound of the reference.

@@ -39,7 +39,7 @@ def run(name: str, seed: int, profile: str, full: bool) -> tuple[str, int, list[
     """The outcomes of one implementation.
 
     A wrong one is done with at its first falsified property, unless ``full``. Its likeliest
-    families go first, with the quick profile before the other: its samples are the first ones of
+    families go first, and the quick profile before the other: its samples are the first ones of
     every other profile, so what it finds they find.
     """
     entries = {entry.cls.__name__: entry for entry in (*WRONG, *RIGHT)}
@@ -54,17 +54,21 @@ def run(name: str, seed: int, profile: str, full: bool) -> tuple[str, int, list[
             seed,
             [check_property(p, target, profile=search, seed=seed) for p in PROPERTIES],
         )
-    likely = [p for p in PROPERTIES if p.family == entry.family]
-    likely += [p for p in PROPERTIES if p.family == "arithmetic" != entry.family]
-    others = [p for p in PROPERTIES if p not in likely]
+    own = [p for p in PROPERTIES if p.family == entry.family]
+    arithmetic = [p for p in PROPERTIES if p.family == "arithmetic" != entry.family]
+    others = [p for p in PROPERTIES if p not in own + arithmetic]
     outcomes: dict[str, Outcome] = {}
-    for some in (likely, others):
-        for level in dict.fromkeys(("quick", profile)):
-            search = replace(PROFILES[level], shrinking=0.0)
-            for prop in some:
-                outcomes[prop.name] = check_property(prop, target, profile=search, seed=seed)
-                if outcomes[prop.name].verdict == FALSIFIED:
-                    return name, seed, [*outcomes.values()]
+    for level, some in (
+        ("quick", own + arithmetic),
+        (profile, own),
+        ("quick", others),
+        (profile, arithmetic + others),
+    ):
+        search = replace(PROFILES[level], shrinking=0.0)
+        for prop in some:
+            outcomes[prop.name] = check_property(prop, target, profile=search, seed=seed)
+            if outcomes[prop.name].verdict == FALSIFIED:
+                return name, seed, [*outcomes.values()]
     return name, seed, [*outcomes.values()]
 
 

@@ -226,7 +226,7 @@ class SaturatedInHalf(torch.autograd.Function):
         return gradient.clamp(-64, 64) if gradient.dtype == torch.float16 else gradient
 
 
-@wrong("arithmetic", "float16 gradients of more than 64 saturate in the fusion")
+@wrong("rounding", "float16 gradients of more than 64 saturate in the fusion")
 class SaturatesHalfGradients(Stack):
     class Block(Block):
         def fuse(self, y):

@@ -22,7 +22,7 @@ LEAST = (
         6,
     )
     | dict.fromkeys(("arithmetic", "locality", "gradients", "modes", "dropout", "state"), 7)
-    | dict.fromkeys(("transforms",), 3)
+    | {"transforms": 3, "rounding": 1}
 )
 DTYPES = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 KERNELS = [(3,), (5, 1), (3, 3, 7)]
