@@ -82,6 +82,8 @@ CONDITIONS: dict[str, Condition] = {
     "frozen weights": lambda b, x: not all(p.requires_grad for p in b.parameters()),
     "a frozen norm": lambda b, x: b.training and not all(m.training for m in b.modules()),
     "autocast": lambda b, x: torch.is_autocast_enabled("cpu"),
+    "no batch counted": lambda b, x: int(b.fusion[1].num_batches_tracked) == 0,
+    "batches counted": lambda b, x: int(b.fusion[1].num_batches_tracked) > 0,
     "a later call": lambda b, x: b.calls > 1,
     "the same shape again": lambda b, x: b.shapes[-2:-1] == [x.shape],
     "another shape than before": lambda b, x: bool(b.shapes[:-1]) and b.shapes[-2] != x.shape,

@@ -47,6 +47,10 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 
+#: How many batches the norms of a case's model have counted, and what torch calls that; half of the
+#: seeds have a model that never trained.
+BATCHES, COUNTER = (0, 1, 0, 100, 0, 9, 1000), "num_batches_tracked"
+
 #: How a forward pass may be called.
 CONTEXTS = {
     "grad": torch.enable_grad,
@@ -79,13 +83,17 @@ class Subject:
         self._handles: dict[nn.Module, tuple[BlockHandles, ...]] = {}
 
     def model(self, case: Case, *, mode: str | None = None) -> nn.Module:
-        """The module for a case, in the state it was built with, in the case's mode."""
+        """The module for a case, in the state it was built with, in the case's mode.
+
+        But for the batches that its norms have counted, which follow the case's seed.
+        """
         key = (case.config, case.dtype, case.device)
         if key in self._built:
             built = self._built[key]
             built.restore()
         else:
             built = self._built[key] = _Built(self.build(case))
+        built.count_batches(BATCHES[case.seed % len(BATCHES)])
         mode = mode or case.mode
         if not built.is_in(mode):
             self.set_mode(built.model, mode)
@@ -415,6 +423,7 @@ class _Built:
         ]
         self.tensors = [tensor for _, _, tensor, _ in self.places]
         self.values = [tensor.detach().clone() for tensor in self.tensors]
+        self.counters = [tensor for _, name, tensor, _ in self.places if name == COUNTER]
 
     def restore(self) -> None:
         """Every parameter and buffer in its place, with the value and the flags it had."""
@@ -426,6 +435,11 @@ class _Built:
         if self.tensors:
             with torch.no_grad():
                 torch._foreach_copy_(self.tensors, self.values)
+
+    def count_batches(self, count: int) -> None:
+        """As if the norms had been trained with so many batches, which changes no function."""
+        for counter in self.counters if count else ():
+            counter.fill_(count)
 
     def is_in(self, mode: str) -> bool:
         """Whether every part is in a mode already, where nobody would switch to it again."""
