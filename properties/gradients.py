@@ -1,9 +1,11 @@
 """Gradients: they exist, are finite, linear, chained and accumulated, and are true derivatives."""
 
+import functools
 import math
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from rescnn_verify.bounds.gains import stack_gain
 from rescnn_verify.bounds.roundoff import FORMATS, SIGNIFICAND_BITS, gamma
@@ -27,6 +29,7 @@ from rescnn_verify.oracles.plain import plain_call, second_derivative
 from rescnn_verify.oracles.real import Bounded, real_pass
 from rescnn_verify.probes import (
     PARTS,
+    Called,
     as_input,
     make_positive,
     normal_input,
@@ -46,6 +49,10 @@ from rescnn_verify.subject import (
 SMALL = INPUTS.narrow(batch=at_least(1))
 NO_RANDOM_DROPOUT = Constraint(
     "no random dropout", lambda c: c.mode == "eval" or c.dropout in (0.0, 1.0)
+)
+TANGENTS_OF_EVAL = Constraint(
+    "tangents have gradients in eval mode",
+    lambda c: c.mode == "eval" or c["route"] != "reverse over forward",
 )
 WIDE = Choice("float32", "float64")
 
@@ -473,16 +480,19 @@ def a_small_fusion_hardly_changes_the_gradient(subject, case):
 
 @statement(
     space=INPUTS.narrow(
-        dtype=Choice("float64", "float32"), num_blocks=Choice(1), channels=Integers(1, 16),
-        batch=Choice(1, 2, 4), length=Choice(4, 2), dropout=Choice(0.0),
+        TANGENTS_OF_EVAL, dtype=Choice("float64", "float32"), num_blocks=Choice(1),
+        channels=Integers(1, 16), batch=Choice(1, 2, 4), length=Choice(4, 2), dropout=Choice(0.0),
         layout=Choice("contiguous", "transposed", "strided"),
+        route=Choice("reverse over reverse", "forward over reverse", "reverse over forward"),
     ),
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
-    evidence="bounded", effort=0.4)  # fmt: skip
+    evidence="bounded", effort=0.8)  # fmt: skip
 def second_derivatives_are_the_reference_s(subject, case):
     """Derivatives of gradients are those of plain torch operations, where there are any.
 
-    Gradient penalties and Hessian-vector products need them. On a balanced network (see
+    Gradient penalties and Hessian-vector products need them, by whichever route. (Not that of the
+    tangents' gradients while training, where torch's own batch norm holds the statistics
+    constant.) On a balanced network (see
     `make_balanced`) all sums and means are multiples of a power of two, so that plain operations
     round nothing; other ways to take a mean may, a few thousand operations of 2^-53, or of 2^-24.
     A forgotten term is at least the inverse of a power of the number of values, at most 16. In
@@ -497,6 +507,7 @@ def second_derivatives_are_the_reference_s(subject, case):
         dtype=Choice("float64"), num_blocks=Choice(1), channels=Integers(2, 6),
         batch=Choice(32, 16, 64), length=Choice(1024, 256, 512), dropout=Choice(0.0),
         kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 3), layout=Choice("contiguous", "transposed"),
+        route=Choice("reverse over reverse", "forward over reverse"),
     ),
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
     evidence="bounded", work=2**25, inputs=1, effort=0.3)  # fmt: skip
@@ -515,9 +526,14 @@ def _second_derivatives(subject, case):
         torch.from_numpy(rng.integers(-1, 2, tuple(leaf.shape)) * unit).to(leaf)
         for leaf, unit in units.items()
     ]
-    out = subject(model, x)
+    if case["route"] == "reverse over reverse":
+        out = subject(model, x)
+        run = functools.partial(second_derivative, out, list(units), v, directions)
+    else:
+        tangents = dict(zip(units, directions, strict=True))
+        run = functools.partial(_through_tangents, subject, case, model, x, v, tangents)
     try:
-        got = second_derivative(out, list(units), v, directions)
+        got = run()
     except Exception as error:
         raise NotApplicable(f"no second derivatives: {describe(error)}") from error
     copies = {leaf: leaf.detach().clone().requires_grad_() for leaf in units}
@@ -583,6 +599,26 @@ def gradients_of_a_balanced_block_are_the_reference_s(subject, case):
         largest = max(float(exact.abs().max()), terms / unit)
         bounded = Bounded(exact.cpu().numpy(), np.full(tuple(exact.shape), half * largest))
         yield within(leaf.grad, bounded, f"gradient at {_named(leaf, x)}")
+
+
+def _through_tangents(subject, case, model, x, v, tangents):
+    """The derivative of the gradients at x and parameters along their tangents, by forward mode."""
+    names = {parameter: f"model.{name}" for name, parameter in model.named_parameters()}
+    with forward_ad.dual_level():
+        duals = {leaf: forward_ad.make_dual(leaf, tangent) for leaf, tangent in tangents.items()}
+        given = {names[leaf]: dual for leaf, dual in duals.items() if leaf is not x}
+        whole = Called(subject.target.call, model)
+        out = torch.func.functional_call(whole, given, (duals[x],))
+        if case["route"] == "forward over reverse":
+            gradients = torch.autograd.grad(out, list(duals), v, allow_unused=True)
+            found = [g if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
+        else:
+            tangent = forward_ad.unpack_dual(out).tangent
+            found = torch.autograd.grad(tangent, list(duals), v, allow_unused=True)
+    return [
+        torch.zeros_like(leaf) if part is None else part
+        for leaf, part in zip(duals, found, strict=True)
+    ]
 
 
 def _balanced(subject, case, dtype):

@@ -18,6 +18,7 @@ from rescnn_verify.oracles.layers import read_network
 from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import (
     PARTS,
+    Called,
     as_input,
     normal_input,
     part_of,
@@ -100,7 +101,7 @@ def vmap_over_weights_is_each_one_s_function(subject, case):
     axes = {name: 0 if name in own else None for name in stacked}
     if not own and "inputs" not in case["mapped"]:
         return
-    whole = _Called(subject.target.call, model)
+    whole = Called(subject.target.call, model)
 
     def run(state, given):
         named = {f"model.{name}": tensor for name, tensor in state.items()}
@@ -201,7 +202,7 @@ def forward_derivatives_along_parameters_are_their_gradients(subject, case):
     ]  # fmt: skip
     if not options:
         raise NotApplicable("its parameters are computed from others")
-    whole, x = _Called(subject.target.call, model), as_input(case, found.x)
+    whole, x = Called(subject.target.call, model), as_input(case, found.x)
     for place in case.rng("parameters").permutation(len(options))[:4]:
         name, parameter, gradient = options[place]
         value = parameter.detach().clone()
@@ -223,7 +224,7 @@ def export_is_the_same_function(subject, case):
     """What `torch.export` makes of a model is within the error bound, on other data, too."""
 
     def exported(model, x):
-        whole = _Called(subject.target.call, model)
+        whole = Called(subject.target.call, model)
         return torch.export.export(whole, (torch.zeros_like(x),)).module()(x)
 
     yield from _same_function(subject, case, exported, "torch.export")
@@ -278,17 +279,6 @@ def a_traced_training_call_learns_the_same(subject, case):
         state = state_of(model)
         found.append({"the output": out.clone(), **state})
     yield same_tensors(found[1], found[0], "after a traced training call, against a plain one")
-
-
-class _Called(nn.Module):
-    """A model together with the way the target calls it."""
-
-    def __init__(self, call, model):
-        super().__init__()
-        self.call, self.model = call, model
-
-    def forward(self, x):
-        return self.call(self.model, x)
 
 
 def _same_function(subject, case, transformed, name, form=None, prepare=None):

@@ -24,6 +24,7 @@ __all__ = [
     "BIG_VARIANCE",
     "FROZEN",
     "PARTS",
+    "Called",
     "LeftBehind",
     "as_input",
     "called_within",
@@ -138,6 +139,20 @@ def reach(place: int, before: int, after: int, length: int) -> np.ndarray:
     """
     t = np.arange(length)
     return (t - before <= place) & (place <= t + after)
+
+
+class Called(nn.Module):
+    """A model together with the way the target calls it, for `torch.func.functional_call`.
+
+    Names of parameters and buffers begin with ``model.``.
+    """
+
+    def __init__(self, call: Callable[[nn.Module, Tensor], Tensor], model: nn.Module) -> None:
+        super().__init__()
+        self.call, self.model = call, model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.model, x)
 
 
 def randomise(model: nn.Module, rng: np.random.Generator) -> None:

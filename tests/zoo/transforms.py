@@ -80,3 +80,38 @@ class UnmaskedTangent(Stack):
     class Block(Block):
         def rectify(self, x):
             return ReluWithUnmaskedTangent.apply(x)
+
+
+class Scaled(Function):
+    """A product along the channels, whose tangent may hold the scale constant."""
+
+    @staticmethod
+    def forward(x, scale, constant):
+        return x * scale[:, None]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, scale, ctx.constant = inputs
+        ctx.save_for_backward(x, scale)
+        ctx.save_for_forward(x, scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, scale = ctx.saved_tensors
+        return Scaled.apply(gradient, scale, True), (gradient * x).sum((0, 2)), None
+
+    @staticmethod
+    def jvp(ctx, tangent, scale_tangent, _):
+        x, scale = ctx.saved_tensors
+        along = tangent * scale[:, None]
+        return along if ctx.constant else along + x * scale_tangent[:, None]
+
+
+@wrong("gradients", "the tangent of a gradient leaves out that of a frozen norm's scale")
+class ConstantScaleInTangent(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if norm.training or torch.compiler.is_compiling():
+                return norm(x)
+            mean, root = norm.running_mean[:, None], torch.rsqrt(norm.running_var + norm.eps)
+            return Scaled.apply((x - mean) * root[:, None], norm.weight, False) + norm.bias[:, None]
