@@ -49,22 +49,24 @@ def eval_is_deterministic(subject, case):
     x = normal_input(case)
     buffers = state_of(model)
 
-    def call():
-        with (
-            supported_under(autocast=case["autocast"]),
-            torch.autocast(case.device, torch.bfloat16, enabled=case["autocast"]),
-            CONTEXTS[case["context"]](),
-        ):
-            return subject(model, x)
-
     seed_torch(case.seed)
     states = _generators(case)
-    first = call()
+    first = _called(subject, case, model, x)
     for after, before in zip(_generators(case), states, strict=True):
         yield same_bits(after, before, "torch's generator after a call in eval mode")
     seed_torch(case.seed + 1)
-    yield same_bits(call(), first, "second output in eval mode")
+    yield same_bits(_called(subject, case, model, x), first, "second output in eval mode")
     yield _same_state(model, buffers, "after two calls in eval mode")
+
+
+def _called(subject, case, model, x):
+    """The output in a case's context, under autocast to bfloat16 or not."""
+    with (
+        supported_under(autocast=case["autocast"]),
+        torch.autocast(case.device, torch.bfloat16, enabled=case["autocast"]),
+        CONTEXTS[case["context"]](),
+    ):
+        return subject(model, x)
 
 
 @statement(space=EVAL.narrow(recording=Choice(False, True)), needs=(REENTRANT,), effort=0.5)
@@ -152,29 +154,30 @@ def _as_new(subject, used, case, *, frozen=False):
     space=EVAL.narrow(
         edit=Choice(*EDITS), way=Choice(*WAYS), every=Choice(True, False), batch=Integers(1, 4),
         length=Integers(1, 64), context=Choice("no_grad", "grad", "inference_mode"),
+        autocast=Choice(False, True), frozen=Choice(False, True),
     ),
     inputs=8,
-    effort=0.4,
+    effort=0.8,
 )  # fmt: skip
 def an_edit_is_seen(subject, case):
     """After an edit of its parameters and buffers a model called before is as a new one with them.
 
     Whatever the edit leaves as it was: the version counters, the sum of all values, all but one.
+    Under autocast, too, and with parameters frozen.
     """
     model = subject.model(case)
     randomise(model, case.rng("weights"))
     x = normal_input(case)
-    with CONTEXTS[case["context"]]():
-        subject(model, x)
+    model.requires_grad_(not case["frozen"])
+    _called(subject, case, model, x)
     edit(model, case["edit"], case["way"], case.rng("edit"), every=case["every"])
-    with CONTEXTS[case["context"]]():
-        out = subject(model, x)
-    new = subject.set_mode(subject.build(case), "eval")
+    out = _called(subject, case, model, x)
+    new = subject.set_mode(subject.build(case), "eval").requires_grad_(not case["frozen"])
     state = whole_state(model)
     attempt("load_state_dict", lambda: new.load_state_dict(state))
-    with CONTEXTS[case["context"]]():
-        expected = subject(new, x)
-    yield same_bits(out, expected, "output of an edited model, against a new one")
+    yield same_bits(
+        out, _called(subject, case, new, x), "output of an edited model, against a new one"
+    )
 
 
 @statement(

@@ -19,6 +19,7 @@ from rescnn_verify.oracles.layers import (
     read_network,
     write_network,
 )
+from rescnn_verify.patterns import in_pattern, patterned
 from rescnn_verify.probes import BIG_VARIANCE, as_input, set_norm
 
 __all__ = [
@@ -165,7 +166,9 @@ def _grow(
 def _data(case: Case, most: int) -> tuple[np.ndarray, np.ndarray]:
     x = case.rng("integer input").integers(-most, most + 1, case.shape).astype(np.float64)
     v = case.rng("integer gradient").integers(-2, 3, case.shape).astype(np.float64)
-    return values_of(case, x), values_of(case, v)
+    named, rng = dict(case.extra).get("pattern"), case.rng("input pattern")
+    x = in_pattern(x, str(named), rng) if named else patterned(x, rng)
+    return values_of(case, x), values_of(case, patterned(v, case.rng("gradient pattern")))
 
 
 def values_of(case: Case, values: np.ndarray) -> np.ndarray:

@@ -534,3 +534,17 @@ class TakesForRecomputation(Stack):
                 norm._buffers.update(buffers)
             self.busy = False
             return y
+
+
+@wrong("modes", "under autocast frozen weights are cast once, and again only where a version tells")
+class CastsFrozenWeightsOnce(Stack):
+    class Block(Block):
+        def convolve(self, conv, x):
+            if not torch.is_autocast_enabled("cpu") or conv.weight.requires_grad:
+                return conv(x)
+            version, kept = vars(conv).get("_cast", (None, None))
+            if version != conv.weight._version:
+                kept = conv.weight.bfloat16()
+                vars(conv)["_cast"] = conv.weight._version, kept
+            bias = None if conv.bias is None else conv.bias.bfloat16()
+            return F.conv1d(x.bfloat16(), kept, bias, padding=conv.padding[0])
