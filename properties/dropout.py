@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rescnn_verify.bounds.roundoff import SIGNIFICAND_BITS, UNIT, gamma
-from rescnn_verify.compare import Falsified, equal, holds, same_bits, within
+from rescnn_verify.compare import Falsified, equal, holds, same_bits, same_values, within
 from rescnn_verify.handles import put
 from rescnn_verify.needs import CHANNEL_DROPOUT, HANDLES, POST_ACTIVATION
 from rescnn_verify.oracles.real import Bounded
@@ -298,6 +298,49 @@ def gradients_pass_the_mask_of_the_output(subject, case):
         rounded = gamma(case.batch * case.length + 4, UNIT[case.dtype])
         bounded = Bounded(terms.sum(axis=(0, 2)), rounded * np.abs(terms).sum(axis=(0, 2)))
         yield within(got, bounded, f"gradient of the shift of block {i}")
+
+
+@statement(
+    space=TRAIN.narrow(
+        dtype=Choice("float64", "float32"), dropout=Choice(0.5), batch=Integers(8, 10),
+        channels=Integers(8, 24), length=Integers(1, 16),
+    ),
+    needs=NEEDS,
+    evidence="statistical",
+    effort=0.3,
+)  # fmt: skip
+def zeroed_fusions_learn_at_the_rate(subject, case):
+    """Where every fusion returns 0, half of the gradient of its shifts passes at p = ½, doubled.
+
+    So residual branches that start at zero begin to learn. The gradient of sample b is 2^b at one
+    position and 0 elsewhere, so that the sum over the samples tells every mask. The number dropped
+    stays within limits that a correct model fails with probability 1e-16.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    for block in blocks:
+        set_norm(block.fusion.norm, scale=0.0, shift=0.0)
+    place = int(case.rng("position").integers(case.length))
+    v = np.zeros(case.shape)
+    v[:, :, place] = 2.0 ** np.arange(case.batch)[:, None]
+    seed_torch(case.seed)
+    x = as_input(case, np.ones(case.shape))
+    _, gradient = subject.vjp(model, x, as_input(replace(case, layout="contiguous"), v))
+    yield same_values(gradient, v, "gradient at the input")
+    dropped = 0
+    for i, block in enumerate(blocks):
+        got = block.fusion.norm.bias.grad
+        if got is None:
+            raise Falsified(f"gradient of the shift of block {i}", "a tensor", "None")
+        code = np.clip((got.double().cpu().numpy() / 2).round(), 0, 2**case.batch - 1)
+        # A mean times the number of values is the sum but for its roundings.
+        rounded = gamma(case.batch * case.length + 4, UNIT[case.dtype]) * 2 * 2.0**case.batch
+        bounded = Bounded(2 * code, np.full(code.shape, rounded))
+        yield within(got, bounded, f"gradient of the shift of block {i}, twice some of the 2^b")
+        bits = code.astype(np.int64)[:, None] >> np.arange(case.batch) & 1
+        dropped += int((bits == 0).sum())
+    count = len(blocks) * case.batch * case.channels
+    yield _binomial(dropped, count, 0.5, "gradients of samples and channels dropped at dropout 0.5")
 
 
 @statement(space=TRAIN, needs=NEEDS, documented=True, extreme=14)

@@ -295,3 +295,28 @@ class UnmaskedGradient(Stack):
             if not self.training:
                 return y
             return UnmaskedDropout.apply(y, super().drop(torch.ones_like(y[..., :1])))
+
+
+class MaskOfTheOutput(Function):
+    """Dropout whose backward pass takes for dropped what is zero."""
+
+    @staticmethod
+    def forward(ctx, y, p):
+        dropped = y * keep(y, (*y.shape[:2], 1), p)
+        ctx.save_for_backward(dropped)
+        ctx.scale = 1 / (1 - p) if p < 1 else 0.0
+        return dropped
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (dropped,) = ctx.saved_tensors
+        return gradient * (dropped != 0).any(dim=2, keepdim=True) * ctx.scale, None
+
+
+@wrong("dropout", "a channel that is zero before dropout has no gradient, as if it were dropped")
+class ZeroChannelsLearnNothing(Stack):
+    class Block(Block):
+        def drop(self, y):
+            if not self.training or not torch.is_grad_enabled() or self.p == 0:
+                return super().drop(y)
+            return MaskOfTheOutput.apply(y, self.p)
