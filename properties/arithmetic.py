@@ -37,6 +37,7 @@ from rescnn_verify.statement import statement
 from rescnn_verify.subject import (
     AUTOCAST_IN_FLOAT32,
     CONTEXTS,
+    SETTINGS,
     kernel_sets,
     onednn,
     seed_torch,
@@ -277,6 +278,32 @@ def integer_gradients_are_exact(subject, case):
             out, gradient = subject.vjp(model, as_input(case, found.x), as_input(case, found.v))
         yield same_values(out, found.expected.out, "output of an integer network with gradients on")
         yield same_values(gradient, found.expected.input_gradient, "gradient at the input")
+
+
+@statement(
+    space=EVAL.narrow(setting=Choice(*SETTINGS)),
+    needs=(*REFERENCE, DIRECT),
+    work=2**15,
+    effort=0.6,
+)
+def settings_of_torch_change_nothing(subject, case):
+    """The same, and dtypes, with another default dtype, and in torch's deterministic mode.
+
+    There memory that nobody has written to holds NaN, so that a use of it shows for sure.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    found = certify(blocks, case, bits="weight_bits", kinkless=True)
+    if found is None:
+        return
+    x, v = as_input(case, found.x), as_input(case, found.v)
+    with SETTINGS[case["setting"]]():
+        out, gradient = subject.vjp(model, x, v)
+    yield equal((out.dtype, gradient.dtype), (x.dtype, x.dtype), "dtypes of output and gradient")
+    yield same_values(out, found.expected.out, "output of an integer network with gradients on")
+    yield same_values(gradient, found.expected.input_gradient, "gradient at the input")
+    for what, own, exact in gradients_beside(blocks, found.expected.gradients):
+        yield same_values(own, exact, what)
 
 
 @statement(

@@ -25,7 +25,7 @@ from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION, ST
 from rescnn_verify.networks import certify, make_balanced
 from rescnn_verify.oracles.integer import exact_pass
 from rescnn_verify.oracles.layers import read_network
-from rescnn_verify.oracles.plain import plain_call, second_derivative
+from rescnn_verify.oracles.plain import filled, plain_call, two_derivatives
 from rescnn_verify.oracles.real import Bounded, real_pass
 from rescnn_verify.probes import (
     PARTS,
@@ -488,16 +488,15 @@ def a_small_fusion_hardly_changes_the_gradient(subject, case):
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
     evidence="bounded", effort=0.8)  # fmt: skip
 def second_derivatives_are_the_reference_s(subject, case):
-    """Derivatives of gradients are those of plain torch operations, where there are any.
+    """Gradients with a graph of their own, and their derivatives, are those of plain operations.
 
-    Gradient penalties and Hessian-vector products need them, by whichever route. (Not that of the
-    tangents' gradients while training, where torch's own batch norm holds the statistics
-    constant.) On a balanced network (see
-    `make_balanced`) all sums and means are multiples of a power of two, so that plain operations
-    round nothing; other ways to take a mean may, a few thousand operations of 2^-53, or of 2^-24.
-    A forgotten term is at least the inverse of a power of the number of values, at most 16. In
-    between is half of the significand: 2^-26, or 2^-12, of the largest entry, in units in which
-    all are alike.
+    Where there are any. Gradient penalties and Hessian-vector products need them, by whichever
+    route. (Not that of the tangents' gradients while training, where torch's own batch norm holds
+    the statistics constant.) On a balanced network (see `make_balanced`) all sums and means are
+    multiples of a power of two, so that plain operations round nothing; other ways to take a mean
+    may, a few thousand operations of 2^-53, or of 2^-24. A forgotten term is at least the inverse
+    of a power of the number of values, at most 16. In between is half of the significand: 2^-26,
+    or 2^-12, of the largest entry, in units in which all are alike.
     """
     yield from _second_derivatives(subject, case)
 
@@ -528,7 +527,7 @@ def _second_derivatives(subject, case):
     ]
     if case["route"] == "reverse over reverse":
         out = subject(model, x)
-        run = functools.partial(second_derivative, out, list(units), v, directions)
+        run = functools.partial(two_derivatives, out, list(units), v, directions)
     else:
         tangents = dict(zip(units, directions, strict=True))
         run = functools.partial(_through_tangents, subject, case, model, x, v, tangents)
@@ -538,20 +537,38 @@ def _second_derivatives(subject, case):
         raise NotApplicable(f"no second derivatives: {describe(error)}") from error
     copies = {leaf: leaf.detach().clone().requires_grad_() for leaf in units}
     own = plain_call(blocks, copies, copies[x], train=case.mode == "train")
-    expected = second_derivative(own, list(copies.values()), v, directions)
-    expected = [part.double().cpu().numpy() for part in expected]
+    expected = two_derivatives(own, list(copies.values()), v, directions)
+    for (leaf, unit), part, exact in zip(units.items(), got[0], expected[0], strict=True):
+        terms = 1 if leaf is x else case.batch * case.length
+        bounded = _right_to_half(exact, case.dtype, terms, unit)
+        yield within(part, bounded, f"gradient at {_named(leaf, x)} with a graph of its own")
+    second = [part.double().cpu().numpy() for part in expected[1]]
     # Where all terms cancel, they are still of about one unit.
     largest = max(
         1.0,
         *(
             float(np.abs(part).max()) * unit
-            for part, unit in zip(expected, units.values(), strict=True)
+            for part, unit in zip(second, units.values(), strict=True)
         ),
     )
     half = _half_of_the_significand(case.dtype)
-    for (leaf, unit), part, exact in zip(units.items(), got, expected, strict=True):
+    for (leaf, unit), part, exact in zip(units.items(), got[1], second, strict=True):
         error = np.full(exact.shape, half * largest / unit)
         yield within(part, Bounded(exact, error), f"second derivative at {_named(leaf, x)}")
+
+
+def _right_to_half(exact, dtype, terms, unit):
+    """A gradient, right up to half of the significand of its largest entry, or of all its terms.
+
+    Args:
+        exact: the gradient.
+        dtype: what it is computed in.
+        terms: how many there are.
+        unit: what it is taken in, so that a term is about 1/unit.
+    """
+    exact = exact.double().cpu().numpy()
+    largest = max(float(np.abs(exact).max()), terms / unit)
+    return Bounded(exact, np.full(exact.shape, _half_of_the_significand(dtype) * largest))
 
 
 @statement(
@@ -589,36 +606,31 @@ def gradients_of_a_balanced_block_are_the_reference_s(subject, case):
     copies = {leaf: leaf.detach().double().requires_grad_() for leaf in units}
     own = plain_call(blocks, copies, copies[x], train=case.mode == "train")
     expected = torch.autograd.grad(own, list(copies.values()), v.double())
-    half = _half_of_the_significand(dtype)
     for (leaf, unit), exact in zip(units.items(), expected, strict=True):
         if not leaf.requires_grad:
             continue
         if leaf.grad is None:
             raise Falsified(f"gradient at {_named(leaf, x)}", "a tensor", "None")
         terms = 1 if leaf is x else case.batch * case.length
-        largest = max(float(exact.abs().max()), terms / unit)
-        bounded = Bounded(exact.cpu().numpy(), np.full(tuple(exact.shape), half * largest))
+        bounded = _right_to_half(exact, dtype, terms, unit)
         yield within(leaf.grad, bounded, f"gradient at {_named(leaf, x)}")
 
 
 def _through_tangents(subject, case, model, x, v, tangents):
-    """The derivative of the gradients at x and parameters along their tangents, by forward mode."""
+    """The gradients at x and parameters, and their derivative along tangents, by forward mode."""
     names = {parameter: f"model.{name}" for name, parameter in model.named_parameters()}
     with forward_ad.dual_level():
         duals = {leaf: forward_ad.make_dual(leaf, tangent) for leaf, tangent in tangents.items()}
         given = {names[leaf]: dual for leaf, dual in duals.items() if leaf is not x}
         whole = Called(subject.target.call, model)
         out = torch.func.functional_call(whole, given, (duals[x],))
-        if case["route"] == "forward over reverse":
-            gradients = torch.autograd.grad(out, list(duals), v, allow_unused=True)
-            found = [g if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
-        else:
+        gradients = torch.autograd.grad(out, list(duals), v, retain_graph=True, allow_unused=True)
+        both = [(None, None) if g is None else forward_ad.unpack_dual(g) for g in gradients]
+        first, second = zip(*both, strict=True)
+        if case["route"] == "reverse over forward":
             tangent = forward_ad.unpack_dual(out).tangent
-            found = torch.autograd.grad(tangent, list(duals), v, allow_unused=True)
-    return [
-        torch.zeros_like(leaf) if part is None else part
-        for leaf, part in zip(duals, found, strict=True)
-    ]
+            second = torch.autograd.grad(tangent, list(duals), v, allow_unused=True)
+    return filled(list(duals), first), filled(list(duals), second)
 
 
 def _balanced(subject, case, dtype):

@@ -1,5 +1,6 @@
 """Modes: eval remembers nothing and changes nothing; train learns statistics and no more."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -219,11 +220,16 @@ def _claims(subject, model, case):
 
 
 def _behaviour(subject, model, case):
-    """Outputs and gradients in eval mode, then in train mode, and what was learned there."""
+    """Outputs and gradients in eval mode, then in train mode, and what was learned there.
+
+    And the output under autocast, where there is one.
+    """
     x, found = normal_input(case), {}
     v = torch.from_numpy(case.rng("gradient").standard_normal(subject.output_shape(case)))
     with torch.no_grad():
         found["output without gradients"] = subject(model, x)
+    with suppress(Exception), torch.no_grad(), torch.autocast(case.device, torch.bfloat16):
+        found["output under autocast"] = subject.target.call(model, x)
     trainable = case.batch * case.length > 1 and subject.target.promises(
         replace(case, mode="train")
     )

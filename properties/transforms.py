@@ -13,8 +13,8 @@ from rescnn_verify.bounds.roundoff import FORMATS
 from rescnn_verify.compare import describe, equal, same_tensors, same_values, within
 from rescnn_verify.handles import put
 from rescnn_verify.needs import BATCH_NORM, DIRECT, HANDLES, POST_ACTIVATION
-from rescnn_verify.networks import certify_prefixes
-from rescnn_verify.oracles.layers import read_network
+from rescnn_verify.networks import certify, certify_prefixes
+from rescnn_verify.oracles.layers import gradients_beside, read_network
 from rescnn_verify.oracles.real import real_pass
 from rescnn_verify.probes import (
     PARTS,
@@ -62,6 +62,47 @@ def vmap_over_inputs_is_the_same_function(subject, case):
         return run(groups).movedim(case["axis"], 0).flatten(0, 1)
 
     yield from _same_function(subject, case, mapped, "vmap")
+
+
+@statement(
+    space=INPUTS.narrow(
+        GROUPS, mode=Choice("eval"), batch=Integers(2, 6), length=Integers(1, 60),
+        dtype=Choice("float32", "float64"), axis=Integers(0, 3), rows=Choice(1, 2, 3),
+    ),
+    needs=REFERENCE, work=2**15, effort=0.6,
+)  # fmt: skip
+def vmap_over_gradients_is_exact(subject, case):
+    """`torch.vmap` over the gradients of groups of rows is exact on a certified integer network.
+
+    Those at the inputs are NumPy's, and those of the parameters add up to NumPy's: that is how
+    gradients of single samples are computed.
+    """
+    model = subject.model(case)
+    blocks = subject.handles(model, case)
+    found = certify(blocks, case, bits="weight_bits", kinkless=True)
+    if found is None:
+        return
+    axis, whole = case["axis"], Called(subject.target.call, model)
+    x, v = (
+        as_input(case, values).unflatten(0, (-1, case["rows"])).movedim(0, axis)
+        for values in (found.x, found.v)
+    )
+
+    def gradients(part, vector):
+        _, pull = torch.func.vjp(
+            lambda own, given: torch.func.functional_call(whole, own, (given,)), parameters, part
+        )
+        return pull(vector)
+
+    parameters = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    with _supported("vmap over gradients"), torch.enable_grad():
+        own, gradient = torch.vmap(gradients, axis, (0, axis))(x, v)
+    gradient = gradient.movedim(axis, 0).flatten(0, 1)
+    yield same_values(gradient, found.expected.input_gradient, "gradient at the input under vmap")
+    for name, p in model.named_parameters():
+        p.grad = own[f"model.{name}"].sum(0)
+    for name, total, exact in gradients_beside(blocks, found.expected.gradients):
+        yield same_values(total, exact, f"{name}, added up under vmap")
 
 
 @statement(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import math
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,13 @@ __all__ = [
     "AUTOCAST_IN_FLOAT32",
     "CONTEXTS",
     "DTYPES",
+    "SETTINGS",
     "NotApplicable",
     "NothingCompiledError",
     "Subject",
     "compiled",
+    "default_dtype",
+    "deterministic",
     "environment",
     "flushes_subnormals",
     "has_onednn",
@@ -335,6 +339,35 @@ def compiled(model: nn.Module, backend: str = "inductor") -> Iterator[nn.Module]
         yield torch.compile(model, backend=backend)  # type: ignore[misc]
     if not counters["stats"]["unique_graphs"]:
         raise NothingCompiledError("torch.compile compiled no graph; nothing was compared")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What torch makes without being told a dtype has this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Torch's deterministic mode, in which memory that nobody has written to holds NaN."""
+    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+#: What else people set in torch, which changes no function.
+SETTINGS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "default dtype float64": functools.partial(default_dtype, torch.float64),
+    "deterministic mode": deterministic,
+}
 
 
 @contextmanager

@@ -280,3 +280,11 @@ class JoinedInTextOrder(Stack):
     class Block(Block):
         def join(self, outputs):
             return super().join([outputs[i] for i in sorted(range(len(outputs)), key=str)])
+
+
+@wrong("arithmetic", "a float32 block scales by ones of the default dtype, whichever that is")
+class ScalesInDefaultDtype(Stack):
+    class Block(Block):
+        def fuse(self, y):
+            ones = torch.ones(y.shape[1], dtype=None if y.dtype is torch.float32 else y.dtype)
+            return super().fuse(y * ones.to(y.device)[:, None])

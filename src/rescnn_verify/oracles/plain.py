@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from rescnn_verify.handles import BlockHandles, ConvNorm
 
-__all__ = ["plain_call", "second_derivative"]
+__all__ = ["filled", "plain_call", "two_derivatives"]
 
 
 def plain_call(
@@ -47,10 +47,10 @@ def plain_call(
     return x
 
 
-def second_derivative(
+def two_derivatives(
     out: Tensor, leaves: Sequence[Tensor], v: Tensor, directions: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """The gradient of ⟨∇⟨v, out⟩, directions⟩ at each leaf, zeros where there is none.
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """∇⟨v, out⟩ and ∇⟨∇⟨v, out⟩, directions⟩ at each leaf, zeros where there is none.
 
     Args:
         out: what depends on the leaves.
@@ -66,7 +66,12 @@ def second_derivative(
     second: Sequence[Tensor | None] = [None] * len(leaves)
     if total.requires_grad:
         second = torch.autograd.grad(total, leaves, allow_unused=True)
+    return filled(leaves, first), filled(leaves, second)
+
+
+def filled(leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """What was found at each leaf, zeros where there is none."""
     return tuple(
-        torch.zeros_like(leaf) if part is None else part
-        for leaf, part in zip(leaves, second, strict=True)
+        torch.zeros_like(leaf) if part is None else part.detach()
+        for leaf, part in zip(leaves, found, strict=True)
     )
