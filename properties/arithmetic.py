@@ -284,7 +284,7 @@ def integer_gradients_are_exact(subject, case):
     space=EVAL.narrow(setting=Choice(*SETTINGS)),
     needs=(*REFERENCE, DIRECT),
     work=2**15,
-    effort=0.6,
+    effort=0.3,
 )
 def settings_of_torch_change_nothing(subject, case):
     """The same, and dtypes, with another default dtype, and in torch's deterministic mode.

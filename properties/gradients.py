@@ -455,7 +455,7 @@ def no_gradient_exceeds_the_lipschitz_bound(subject, case):
     ),
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
     evidence="bounded",
-    work=2**15, effort=0.6)  # fmt: skip
+    work=2**15, effort=0.4)  # fmt: skip
 def a_small_fusion_hardly_changes_the_gradient(subject, case):
     """‖Jᵀv − D v‖ ≤ (Π(1 + ρ_i) − 1) ‖v‖, D the product of the masks behind the residuals.
 
@@ -486,7 +486,7 @@ def a_small_fusion_hardly_changes_the_gradient(subject, case):
         route=Choice("reverse over reverse", "forward over reverse", "reverse over forward"),
     ),
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
-    evidence="bounded", effort=0.8)  # fmt: skip
+    evidence="bounded", effort=0.6)  # fmt: skip
 def second_derivatives_are_the_reference_s(subject, case):
     """Gradients with a graph of their own, and their derivatives, are those of plain operations.
 
@@ -509,7 +509,7 @@ def second_derivatives_are_the_reference_s(subject, case):
         route=Choice("reverse over reverse", "forward over reverse"),
     ),
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
-    evidence="bounded", work=2**25, inputs=1, effort=0.3)  # fmt: skip
+    evidence="bounded", work=2**25, inputs=1, effort=0.2)  # fmt: skip
 def second_derivatives_at_large_inputs_are_the_reference_s(subject, case):
     """The same for inputs of thousands of values for each channel.
 

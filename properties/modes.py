@@ -100,7 +100,7 @@ def a_call_within_a_call_leaves_it_alone(subject, case):
         frozen=Choice(False, True),
     ),
     work=2**18,
-    effort=0.65,
+    effort=0.55,
 )
 def only_the_state_counts(subject, case):
     """A model is a function of its state: whatever came before, it is as a new one with that state.
@@ -124,7 +124,7 @@ def only_the_state_counts(subject, case):
         length=Integers(1, 32),
     ),
     inputs=16,
-    effort=0.6,
+    effort=0.5,
 )  # fmt: skip
 def the_first_call_may_be_of_any_kind(subject, case):
     """The same where the first call on these weights is an unusual one, and the only one.
