@@ -320,3 +320,15 @@ class ZeroChannelsLearnNothing(Stack):
             if not self.training or not torch.is_grad_enabled() or self.p == 0:
                 return super().drop(y)
             return MaskOfTheOutput.apply(y, self.p)
+
+
+@wrong("dropout", "what a frozen fusion norm adds is added after dropout")
+class AddsOffsetAfterDropout(Stack):
+    class Block(Block):
+        def fuse(self, y):
+            norm = self.fusion[1]
+            if norm.training or not self.training:
+                return super().fuse(y)
+            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            offset = norm.bias - norm.running_mean * scale
+            return self.drop(self.convolve(self.fusion[0], y) * scale[:, None]) + offset[:, None]
