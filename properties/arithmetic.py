@@ -1,5 +1,6 @@
 """Arithmetic: the function computed is the stated one, exactly on integers, bounded on reals."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -119,7 +120,7 @@ def patterned_integer_signals_are_exact(subject, case):
     Recordings are padded with zeros, electrodes fall off, and batches hold a sample twice: there
     an implementation may skip, share or cut short what it takes for empty or known.
     """
-    yield from _same_as_numpy(subject, case)
+    yield from _same_as_numpy(subject, case, case["pattern"])
 
 
 @statement(
@@ -244,9 +245,9 @@ def _outputs_at(found, axis, sizes):
     return outputs_of_prefixes(found.network, found.x, found.expected.out, sizes)
 
 
-def _same_as_numpy(subject, case):
+def _same_as_numpy(subject, case, pattern=None):
     model = subject.model(case)
-    found = certify(subject.handles(model, case), case, bits="forward_bits")
+    found = certify(subject.handles(model, case), case, bits="forward_bits", pattern=pattern)
     if found is None:
         return
     context = str(case.rng("context").choice(list(CONTEXTS)))
@@ -287,9 +288,9 @@ def integer_gradients_are_exact(subject, case):
     effort=0.3,
 )
 def settings_of_torch_change_nothing(subject, case):
-    """The same, and dtypes, with another default dtype, and in torch's deterministic mode.
+    """Outputs and gradients are as exact in torch's deterministic mode or of another default dtype.
 
-    There memory that nobody has written to holds NaN, so that a use of it shows for sure.
+    In that mode memory that nobody has written to holds NaN, so that a use of it shows for sure.
     """
     model = subject.model(case)
     blocks = subject.handles(model, case)
@@ -522,7 +523,7 @@ def training_on_many_values_is_within_the_bound(subject, case):
 @statement(
     space=INPUTS.narrow(
         AUTOCAST_IN_FLOAT32, mode=Choice("train"), dtype=Choice("float32", "bfloat16", "float16"),
-        num_blocks=Choice(1), channels=Integers(1, 12),
+        setting=Choice("usual", *SETTINGS), num_blocks=Choice(1), channels=Integers(1, 12),
         kernel_sizes=Lists(Choice(3, 1, 5, 7), 1, 6), dropout=Choice(0.0, 0.5),
         batch=Choice(1, 2, 3), length=Choice(1, 2, 4), autocast=Choice(False, True),
         context=Choice(*CONTEXTS),
@@ -533,7 +534,7 @@ def training_on_many_values_is_within_the_bound(subject, case):
     effort=1.0,
 )  # fmt: skip
 def training_on_few_values_is_within_the_bound(subject, case):
-    """The same on batches of two to twelve values per channel, in float32 under autocast, too.
+    """The same on batches of two to twelve values per channel, also under autocast and `SETTINGS`.
 
     There the biased and the unbiased variance are far apart: farther than the bounds behind the
     branches, in bfloat16 and under autocast, too, if not behind the fusion.
@@ -545,6 +546,7 @@ def training_on_few_values_is_within_the_bound(subject, case):
 
     def forward():
         with (
+            SETTINGS.get(case["setting"], nullcontext)(),
             CONTEXTS[case["context"]](),
             supported_under(autocast=cast),
             torch.autocast(case.device, torch.bfloat16, enabled=cast),
@@ -575,8 +577,8 @@ def real_gradients_are_within_their_bound(subject, case):
 
     In either mode: training, the batch's statistics depend on the input, and the gradient goes
     through them, but for norms in eval mode. Neither parameters that are held constant nor an input
-    whose gradient is not wanted change that of others. Cases in which round-off may switch a ReLU
-    are left out, and so is dropout.
+    whose gradient is not wanted change that of others. Cases in which round-off may switch a ReLU,
+    as silence does behind a fusion that returns 0, are left out, and so is dropout.
     """
     model = subject.model(case)
     blocks = subject.handles(model, case)
@@ -649,11 +651,14 @@ def training_with_dropout_is_within_the_bound(subject, case):
     if survived.all() and network[place].fusion.frozen:
         masks.append(np.ones_like(masks[0]))
     v = v.cpu().numpy() if backward else None
-    for mask in masks:
-        network = tuple(replace(block, mask=mask) for block in network)
-        expected = real_pass(network, values, v=v, train=True)
-        if (abs(out.detach().cpu().numpy() - expected.out.value) <= expected.out.error).all():
-            break
+    networks = [tuple(replace(block, mask=mask) for block in network) for mask in masks]
+    passes = [real_pass(masked, values, v=v, train=True) for masked in networks]
+    if len(passes) > 1 and not all(np.isfinite(found.out.error).all() for found in passes):
+        return  # nothing tells which mask it was
+    found = out.detach().cpu().numpy()
+    fits = [(abs(found - one.out.value) <= one.out.error).all() for one in passes]
+    which = fits.index(True) if any(fits) else 0
+    network, expected = networks[which], passes[which]
     if np.isfinite(expected.out.error).all():
         yield within(out, expected.out, "output in train mode, against the reference")
     yield from learned_by(blocks, counted, network, expected, FORMATS[case.dtype])

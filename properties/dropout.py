@@ -10,6 +10,7 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 import torch
+from torch import nn
 
 from rescnn_verify.bounds.roundoff import SIGNIFICAND_BITS, UNIT, gamma
 from rescnn_verify.compare import Falsified, equal, holds, same_bits, same_values, within
@@ -29,7 +30,7 @@ from rescnn_verify.probes import (
 )
 from rescnn_verify.space import INPUTS, Choice, Constraint, Integers, Lists, at_least
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import CONTEXTS, seed_torch
+from rescnn_verify.subject import CONTEXTS, NotApplicable, seed_torch
 
 NEEDS = (HANDLES, CHANNEL_DROPOUT, POST_ACTIVATION)
 TRAIN = INPUTS.narrow(mode=Choice("train"), batch=at_least(2))
@@ -292,9 +293,7 @@ def gradients_pass_the_mask_of_the_output(subject, case):
     for i, block in enumerate(blocks):
         mask = (codes // 4**i) % 4 * (2 if case.dropout else 1)
         terms = (v * mask.to(v.dtype)).double().cpu().numpy()
-        got = block.fusion.norm.bias.grad
-        if got is None:
-            raise Falsified(f"gradient of the shift of block {i}", "a tensor", "None")
+        got = _shift_gradient(block, i)
         rounded = gamma(case.batch * case.length + 4, UNIT[case.dtype])
         bounded = Bounded(terms.sum(axis=(0, 2)), rounded * np.abs(terms).sum(axis=(0, 2)))
         yield within(got, bounded, f"gradient of the shift of block {i}")
@@ -329,9 +328,7 @@ def zeroed_fusions_learn_at_the_rate(subject, case):
     yield same_values(gradient, v, "gradient at the input")
     dropped = 0
     for i, block in enumerate(blocks):
-        got = block.fusion.norm.bias.grad
-        if got is None:
-            raise Falsified(f"gradient of the shift of block {i}", "a tensor", "None")
+        got = _shift_gradient(block, i)
         code = np.clip((got.double().cpu().numpy() / 2).round(), 0, 2**case.batch - 1)
         # A mean times the number of values is the sum but for its roundings.
         rounded = gamma(case.batch * case.length + 4, UNIT[case.dtype]) * 2 * 2.0**case.batch
@@ -341,6 +338,15 @@ def zeroed_fusions_learn_at_the_rate(subject, case):
         dropped += int((bits == 0).sum())
     count = len(blocks) * case.batch * case.channels
     yield _binomial(dropped, count, 0.5, "gradients of samples and channels dropped at dropout 0.5")
+
+
+def _shift_gradient(block, place):
+    shift = block.fusion.norm.bias
+    if not isinstance(shift, nn.Parameter):
+        raise NotApplicable("a fusion's shift is computed from something else")
+    if shift.grad is None:
+        raise Falsified(f"gradient of the shift of block {place}", "a tensor", "None")
+    return shift.grad
 
 
 @statement(space=TRAIN, needs=NEEDS, documented=True, extreme=14)

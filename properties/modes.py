@@ -30,7 +30,14 @@ from rescnn_verify.probes import (
 )
 from rescnn_verify.space import INPUTS, LARGE, Choice, Constraint, Integers, Lists, Space, at_least
 from rescnn_verify.statement import statement
-from rescnn_verify.subject import CONTEXTS, DTYPES, NotApplicable, seed_torch, supported_under
+from rescnn_verify.subject import (
+    AUTOCAST_IN_FLOAT32,
+    CONTEXTS,
+    DTYPES,
+    NotApplicable,
+    seed_torch,
+    supported_under,
+)
 
 FORWARD = INPUTS.narrow(batch=at_least(1))
 EVAL = FORWARD.narrow(mode=Choice("eval"))
@@ -153,8 +160,9 @@ def _as_new(subject, used, case, *, frozen=False):
 
 @statement(
     space=EVAL.narrow(
-        edit=Choice(*EDITS), way=Choice(*WAYS), every=Choice(True, False), batch=Integers(1, 4),
-        length=Integers(1, 64), context=Choice("no_grad", "grad", "inference_mode"),
+        AUTOCAST_IN_FLOAT32, edit=Choice(*EDITS), way=Choice(*WAYS),
+        every=Choice(True, False), batch=Integers(1, 4), length=Integers(1, 64),
+        context=Choice("no_grad", "grad", "inference_mode"),
         autocast=Choice(False, True), frozen=Choice(False, True),
     ),
     inputs=8,

@@ -1,6 +1,7 @@
 """Transforms: what torch makes of a model is the same function, within derived bounds."""
 
 import math
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -343,7 +344,9 @@ def _same_function(subject, case, transformed, name, form=None, prepare=None):
 def _supported(name):
     """Runs without gradients what a target need not support."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # vmap says so of operations that it runs one by one
+            warnings.filterwarnings("ignore", "There is a performance drop")
             yield
     except NothingCompiledError:
         with compiled(nn.ReLU(), "eager") as simple:  # raises where nothing at all is compiled

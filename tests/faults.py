@@ -25,7 +25,7 @@ from rescnn_verify.engine import PROFILES, check_property
 from rescnn_verify.fuzz import Campaign, FuzzPlan
 from rescnn_verify.outcome import FALSIFIED, NOTHING_ASSERTED, QUIET, Outcome
 from rescnn_verify.space import ARCHITECTURES, INPUTS, USUAL
-from rescnn_verify.statement import all_properties
+from rescnn_verify.statement import Property, all_properties
 from rescnn_verify.target import contract_target
 from rescnn_verify.workers import Here, usable_cores, workers
 from tests.zoo import RIGHT, WRONG
@@ -58,6 +58,7 @@ def run(name: str, seed: int, profile: str, full: bool) -> tuple[str, int, list[
     arithmetic = [p for p in PROPERTIES if p.family == "arithmetic" != entry.family]
     others = [p for p in PROPERTIES if p not in own + arithmetic]
     outcomes: dict[str, Outcome] = {}
+    tried: set[tuple[str, Property]] = set()
     for level, some in (
         ("quick", own + arithmetic),
         (profile, own),
@@ -66,6 +67,9 @@ def run(name: str, seed: int, profile: str, full: bool) -> tuple[str, int, list[
     ):
         search = replace(PROFILES[level], shrinking=0.0)
         for prop in some:
+            if (level, prop) in tried:
+                continue
+            tried.add((level, prop))
             outcomes[prop.name] = check_property(prop, target, profile=search, seed=seed)
             if outcomes[prop.name].verdict == FALSIFIED:
                 return name, seed, [*outcomes.values()]

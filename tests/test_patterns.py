@@ -33,8 +33,9 @@ def test_silence_is_where_its_name_says():
         gone = (found == 0).all(axis=others)
         return np.array_equal(np.compress(~gone, found, axis), np.compress(~gone, values, axis))
 
-    assert some("silent rows", lambda values, found: silent(0, values, found))
-    assert some("silent channels", lambda values, found: silent(1, values, found))
+    for axis, pattern in enumerate(("silent rows", "silent channels")):
+        assert some(pattern, lambda values, found, axis=axis: silent(axis, values, found))
+        assert any(not np.array_equal(*made(pattern, seed)) for seed in range(20))
     for pattern, ordered in (("silent start", np.sort), ("silent end", lambda a: np.sort(a)[::-1])):
         kept = [(made(pattern, seed)[1] != 0).any(axis=(0, 1)) for seed in range(20)]
         assert all(np.array_equal(places, ordered(places)) for places in kept)
@@ -45,6 +46,7 @@ def test_silence_is_where_its_name_says():
 def test_what_is_equal_or_periodic_repeats():
     assert some("equal rows", lambda _, found: len(np.unique(found, axis=0)) < len(found))
     assert some("equal positions", lambda values, found: (found == values[:, :, :1]).all())
+    assert any(not np.array_equal(*made("periodic", seed)) for seed in range(20))
     assert some(
         "periodic",
         lambda values, found: any(

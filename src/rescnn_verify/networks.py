@@ -50,7 +50,12 @@ class Certified:
 
 
 def certify(
-    blocks: Sequence[BlockHandles], case: Case, *, bits: str, kinkless: bool = False
+    blocks: Sequence[BlockHandles],
+    case: Case,
+    *,
+    bits: str,
+    kinkless: bool = False,
+    pattern: str | None = None,
 ) -> Certified | None:
     """Writes a random integer network that is certified for the case's dtype into a model.
 
@@ -63,6 +68,7 @@ def certify(
         case: gives shape, dtype, layout and seed.
         bits: the field of `ExactPass` that must stay within the dtype's significand.
         kinkless: choose the shifts so that no ReLU has an input of exactly 0.
+        pattern: of the input, one of `PATTERNS`; None: any, or none.
 
     Returns:
         None if even the sparsest network tried needs more bits than the dtype has.
@@ -72,7 +78,7 @@ def certify(
     fraction = 0.5 if kinkless else 1.0
     for density in (float(rng.choice([1.0, 0.5, 0.25])), 0.1, 0.03):
         small = _integer_network(blocks, case.dtype, rng, density, fraction)
-        x, v = _data(case, 1)
+        x, v = _data(case, 1, pattern)
         through = None if bits == "forward_bits" else v
         plain = exact_pass(small, x, through, fraction=fraction)
         room = limit - getattr(plain, bits)
@@ -85,7 +91,7 @@ def certify(
         for smaller in range(exponent, 0, -1):
             network, large = small, x
             if grown == "input":
-                large, _ = _data(case, 2**smaller)
+                large, _ = _data(case, 2**smaller, pattern)
             else:
                 network = _grow(small, place, grown, case, smaller)
             expected = exact_pass(network, large, through, fraction=fraction)
@@ -163,11 +169,11 @@ def _grow(
     return (*network[: place[0]], changed, *network[place[0] + 1 :])
 
 
-def _data(case: Case, most: int) -> tuple[np.ndarray, np.ndarray]:
+def _data(case: Case, most: int, pattern: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     x = case.rng("integer input").integers(-most, most + 1, case.shape).astype(np.float64)
     v = case.rng("integer gradient").integers(-2, 3, case.shape).astype(np.float64)
-    named, rng = dict(case.extra).get("pattern"), case.rng("input pattern")
-    x = in_pattern(x, str(named), rng) if named else patterned(x, rng)
+    rng = case.rng("input pattern")
+    x = in_pattern(x, pattern, rng) if pattern else patterned(x, rng)
     return values_of(case, x), values_of(case, patterned(v, case.rng("gradient pattern")))
 
 

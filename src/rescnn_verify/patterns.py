@@ -7,9 +7,9 @@ import numpy as np
 __all__ = ["PATTERNS", "in_pattern", "patterned"]
 
 PATTERNS = (
-    *("silent start", "silent end", "silent rows", "silent channels"),
-    *("equal rows", "equal positions", "periodic", "one sign"),
-)
+    "silent start", "silent end", "silent rows", "silent channels",
+    "equal rows", "equal positions", "periodic", "one sign",
+)  # fmt: skip
 
 
 def patterned(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -51,8 +51,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 
-#: How many batches the norms of a case's model have counted, and what torch calls that; half of the
-#: seeds have a model that never trained.
+#: How many batches the norms of a case's model have counted, and what torch calls that; many seeds
+#: have a model that never trained.
 BATCHES, COUNTER = (0, 1, 0, 100, 0, 9, 1000), "num_batches_tracked"
 
 #: How a forward pass may be called.
@@ -77,7 +77,8 @@ class Subject:
 
     A module is built once for each (configuration, dtype, device) of a trial. Before every case its
     parameters, buffers, gradients and mode are those it was built with, so that what a case shows
-    does not depend on the cases before it, unless the target itself remembers them.
+    does not depend on the cases before it, unless the target itself remembers them. Only the number
+    of batches that its norms have counted follows the case's seed.
     """
 
     def __init__(self, target: Target) -> None:
@@ -87,10 +88,7 @@ class Subject:
         self._handles: dict[nn.Module, tuple[BlockHandles, ...]] = {}
 
     def model(self, case: Case, *, mode: str | None = None) -> nn.Module:
-        """The module for a case, in the state it was built with, in the case's mode.
-
-        But for the batches that its norms have counted, which follow the case's seed.
-        """
+        """The module for a case, in the state it was built with, in the case's mode."""
         key = (case.config, case.dtype, case.device)
         if key in self._built:
             built = self._built[key]
@@ -356,11 +354,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def deterministic() -> Iterator[None]:
     """Torch's deterministic mode, in which memory that nobody has written to holds NaN."""
     before = torch.get_deterministic_debug_mode()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    # Not by use_deterministic_algorithms, which changes what is compiled later, too.
+    torch.set_deterministic_debug_mode("warn")
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 #: What else people set in torch, which changes no function.
@@ -456,7 +458,9 @@ class _Built:
         ]
         self.tensors = [tensor for _, _, tensor, _ in self.places]
         self.values = [tensor.detach().clone() for tensor in self.tensors]
-        self.counters = [tensor for _, name, tensor, _ in self.places if name == COUNTER]
+        self.counters = [
+            b for module in self.modules if (b := module._buffers.get(COUNTER)) is not None
+        ]
 
     def restore(self) -> None:
         """Every parameter and buffer in its place, with the value and the flags it had."""
@@ -470,7 +474,7 @@ class _Built:
                 torch._foreach_copy_(self.tensors, self.values)
 
     def count_batches(self, count: int) -> None:
-        """As if the norms had been trained with so many batches, which changes no function."""
+        """As if the norms had been trained with so many batches."""
         for counter in self.counters if count else ():
             counter.fill_(count)
 
