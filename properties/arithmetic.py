@@ -291,6 +291,7 @@ def settings_of_torch_change_nothing(subject, case):
     """Outputs and gradients are as exact in torch's deterministic mode or of another default dtype.
 
     In that mode memory that nobody has written to holds NaN, so that a use of it shows for sure.
+    So are they while `torch.compiler.is_compiling`, when many models take another path.
     """
     model = subject.model(case)
     blocks = subject.handles(model, case)

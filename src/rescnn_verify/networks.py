@@ -234,12 +234,18 @@ def _integer_layer(
     return Layer(
         weight=weight,
         bias=_small(rng, count) if has_bias else np.zeros(count),
-        scale=_SCALES[rng.integers(0, 4, count)] * np.sqrt(variance),
+        scale=_SCALES[rng.integers(0, 4, count)] * _pruned(rng, count) * np.sqrt(variance),
         shift=shift,
         mean=_small(rng, count),
         variance=np.full(count, variance),
         eps=layer.norm.eps,
     )
+
+
+def _pruned(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Factors of a norm's scales: in one layer of eight half are 0, as pruning leaves them."""
+    kept = rng.integers(2, size=count) if rng.random() < 1 / 8 else np.ones(count)
+    return kept.astype(np.float64)
 
 
 def _small(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -266,7 +272,7 @@ def make_real(blocks: Sequence[BlockHandles], case: Case, magnitude: float) -> t
             if layer.conv.bias is not None:
                 put(layer.conv, "bias", rng.normal(0, 0.3, shape[0]) * scale)
             variance = 10.0 ** rng.uniform(-9, 4, shape[0])
-            signs = rng.choice([-1, 1, 1], shape[0])
+            signs = rng.choice([-1, 1, 1], shape[0]) * _pruned(rng, shape[0])
             slope = signs * rng.uniform(0.3, 1.5, shape[0]) / size
             set_norm(
                 layer.norm,

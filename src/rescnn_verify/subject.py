@@ -30,6 +30,7 @@ __all__ = [
     "NotApplicable",
     "NothingCompiledError",
     "Subject",
+    "as_if_compiling",
     "compiled",
     "default_dtype",
     "deterministic",
@@ -365,10 +366,32 @@ def deterministic() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
+@contextmanager
+def as_if_compiling() -> Iterator[None]:
+    """`torch.compiler.is_compiling` says so, as while a model is exported; nothing is compiled.
+
+    What is made for compilers alone thus runs in a fraction of the time that tracing takes.
+
+    Raises:
+        NotApplicable: it fails, as what only a compiler can run may, or torch has changed.
+    """
+    if not isinstance(getattr(torch.compiler, "_is_compiling_flag", None), bool):
+        raise NotApplicable("this torch tells in another way that it compiles")
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    except Falsified as error:
+        raise NotApplicable(f"what is made for compilers does not run: {error}") from error
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
 #: What else people set in torch, which changes no function.
 SETTINGS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "default dtype float64": functools.partial(default_dtype, torch.float64),
     "deterministic mode": deterministic,
+    "as if compiling": as_if_compiling,
 }
 
 
