@@ -288,3 +288,14 @@ class ScalesInDefaultDtype(Stack):
         def fuse(self, y):
             ones = torch.ones(y.shape[1], dtype=None if y.dtype is torch.float32 else y.dtype)
             return super().fuse(y * ones.to(y.device)[:, None])
+
+
+@wrong("arithmetic", "folding takes a branch norm's scale of exactly 0 for 1")
+class ZeroScaleIsOne(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if norm.training or norm is self.fusion[1] or not (norm.weight == 0).any():
+                return norm(x)
+            scale = torch.where(norm.weight == 0, 1.0, norm.weight)
+            mean, var = norm.running_mean, norm.running_var
+            return F.batch_norm(x, mean, var, scale.to(x.dtype), norm.bias, eps=norm.eps)

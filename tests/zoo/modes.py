@@ -548,3 +548,13 @@ class CastsFrozenWeightsOnce(Stack):
                 vars(conv)["_cast"] = conv.weight._version, kept
             bias = None if conv.bias is None else conv.bias.bfloat16()
             return F.conv1d(x.bfloat16(), kept, bias, padding=conv.padding[0])
+
+
+@wrong("modes", "what is made for compilers learns the biased variance")
+class LearnsBiasedWhileCompiling(Stack):
+    class Block(Block):
+        def normalise(self, norm, x):
+            if not norm.training or not torch.compiler.is_compiling():
+                return norm(x)
+            update_statistics(norm, x.mean((0, 2)), x.var((0, 2), unbiased=False))
+            return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
