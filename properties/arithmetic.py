@@ -393,7 +393,7 @@ def integer_weight_gradients_are_exact(subject, case):
     ),
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
-    work=2**16, effort=1.5)  # fmt: skip
+    work=2**16, effort=1.2)  # fmt: skip
 def real_networks_are_within_their_bound(subject, case):
     """In float64 the output is within the running error bound of an extended-precision reference.
 
@@ -571,7 +571,7 @@ def training_on_few_values_is_within_the_bound(subject, case):
     needs=(*REFERENCE, DIRECT),
     evidence="bounded",
     work=2**15,
-    effort=1.2,
+    effort=1.0,
 )  # fmt: skip
 def real_gradients_are_within_their_bound(subject, case):
     """In float64 Jᵀv and every parameter's gradient are within the bound of the reference.

@@ -485,7 +485,7 @@ def a_small_fusion_hardly_changes_the_gradient(subject, case):
         route=Choice("reverse over reverse", "forward over reverse", "reverse over forward"),
     ),
     needs=(HANDLES, POST_ACTIVATION, BATCH_NORM, DIRECT),
-    evidence="bounded", effort=0.6)  # fmt: skip
+    evidence="bounded", effort=0.5)  # fmt: skip
 def second_derivatives_are_the_reference_s(subject, case):
     """Gradients with a graph of their own, and their derivatives, are those of plain operations.
 

@@ -131,7 +131,7 @@ def only_the_state_counts(subject, case):
         length=Integers(1, 32),
     ),
     inputs=16,
-    effort=0.5,
+    effort=0.4,
 )  # fmt: skip
 def the_first_call_may_be_of_any_kind(subject, case):
     """The same where the first call on these weights is an unusual one, and the only one.
@@ -166,7 +166,7 @@ def _as_new(subject, used, case, *, frozen=False):
         autocast=Choice(False, True), frozen=Choice(False, True),
     ),
     inputs=8,
-    effort=0.8,
+    effort=0.6,
 )  # fmt: skip
 def an_edit_is_seen(subject, case):
     """After an edit of its parameters and buffers a model called before is as a new one with them.

@@ -74,7 +74,7 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(sampled=8, drawn=2, shrinking=1.0),
-    "default": Profile(sampled=50, drawn=1, shrinking=2.0, extreme=1),
+    "default": Profile(sampled=46, drawn=1, shrinking=2.0, extreme=1),
     "thorough": Profile(sampled=1000, drawn=150, shrinking=20.0, extreme=16, slow=True),
 }
 

@@ -243,9 +243,15 @@ def _integer_layer(
 
 
 def _pruned(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Factors of a norm's scales: in one layer of eight half are 0, as pruning leaves them."""
-    kept = rng.integers(2, size=count) if rng.random() < 1 / 8 else np.ones(count)
-    return kept.astype(np.float64)
+    """Factors of a norm's scales: in one layer of eight half are 0, as pruning leaves them.
+
+    Never all of them, as then nothing would depend on the layer.
+    """
+    kept = np.ones(count)
+    if rng.random() < 1 / 8:
+        kept = rng.integers(2, size=count).astype(np.float64)
+        kept[rng.integers(count)] = 1
+    return kept
 
 
 def _small(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -258,7 +264,7 @@ def make_real(blocks: Sequence[BlockHandles], case: Case, magnitude: float) -> t
     Weights, means and variances of each layer have a magnitude of their own between 1e-6 and
     1e4; the norm's scale brings the result back to ``magnitude``. Small variances make eps matter.
     """
-    rng = case.rng("real network")
+    rng, pruning = case.rng("real network"), case.rng("pruning")
     for block in blocks:
         for layer in block.layers:
             shape = tuple(layer.conv.weight.shape)
@@ -272,7 +278,7 @@ def make_real(blocks: Sequence[BlockHandles], case: Case, magnitude: float) -> t
             if layer.conv.bias is not None:
                 put(layer.conv, "bias", rng.normal(0, 0.3, shape[0]) * scale)
             variance = 10.0 ** rng.uniform(-9, 4, shape[0])
-            signs = rng.choice([-1, 1, 1], shape[0]) * _pruned(rng, shape[0])
+            signs = rng.choice([-1, 1, 1], shape[0]) * _pruned(pruning, shape[0])
             slope = signs * rng.uniform(0.3, 1.5, shape[0]) / size
             set_norm(
                 layer.norm,
