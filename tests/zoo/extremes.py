@@ -10,7 +10,7 @@ from .registry import wrong
 
 
 @wrong(
-    "modes",
+    "arithmetic",
     "batches of more than 300 are trained on in parts, each with statistics of its own",
     trigger=lambda case: case.batch > 300 and case.mode == "train",
 )
@@ -22,7 +22,7 @@ class TrainsInParts(Stack):
 
 
 @wrong(
-    "modes",
+    "arithmetic",
     "norms over 256 channels and more count no batches",
     trigger=lambda case: case.channels >= 256 and case.mode == "train",
 )
@@ -50,7 +50,7 @@ class WideSurvivorsUnscaled(Stack):
 
 
 @wrong(
-    "locality",
+    "arithmetic",
     "signals of more than 8,192 positions are cut into pieces that overlap nowhere",
     trigger=lambda case: case.length > 8192,
 )

@@ -214,7 +214,7 @@ class ShiftsAlongBatch(Stack):
             return torch.cat([y[:, :1].roll(1, dims=0), y[:, 1:]], dim=1)
 
 
-@wrong("locality", "the answer to silence is repeated up to the end, which only one block gives")
+@wrong("arithmetic", "the answer to silence is repeated up to the end, which only one block gives")
 class RepeatsSilence(Stack):
     def forward(self, x):
         if self.training or torch.is_grad_enabled() or x.dim() != 3 or not x.any():
